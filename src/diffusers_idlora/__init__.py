@@ -1,0 +1,1 @@
+"""ID-LoRA for LTX-2 in diffusers."""
