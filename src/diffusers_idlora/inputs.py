@@ -1,0 +1,163 @@
+"""What a call was given, read and checked before any model runs."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import PIL.Image
+import torch
+
+from .audio import read_reference
+from .denoising import TextContext
+from .guidance import IdentityGuidance, check_scale
+from .media import load_image
+from .prompt import IDLoRAPrompt, prompt_text
+
+
+# One clip of the voice: a waveform `[channels, samples]` and its sampling rate in Hz.
+Clip = tuple[torch.Tensor, int]
+
+
+def per_prompt(name: str, value: Any, num_prompts: int) -> list:
+    """
+    One value per prompt: a list as it is, anything else for every prompt.
+
+    Raises:
+        ValueError: If a list's length is not the number of prompts.
+    """
+    if not isinstance(value, list):
+        return [value] * num_prompts
+    if len(value) != num_prompts:
+        raise ValueError(
+            f"`{name}` is a list of {len(value)}, but there {'is 1 prompt' if num_prompts == 1 else f'are {num_prompts} prompts'};"
+            " give one for each prompt, or a single one for all."
+        )
+    return value
+
+
+def read_prompts(prompt: "str | IDLoRAPrompt | list | None") -> list[str] | None:
+    """The texts to encode; see [`prompt_text`] for what is refused."""
+    if prompt is None:
+        return None
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if not prompts:
+        raise ValueError("`prompt` is an empty list; give at least one prompt.")
+    return [prompt_text(item) for item in prompts]
+
+
+def count_prompts(
+    prompts: list[str] | None, prompt_embeds: torch.Tensor | None, text_context: TextContext | None
+) -> int:
+    """The number of prompts, from the one way in which they were given."""
+    given = {"prompt": prompts, "prompt_embeds": prompt_embeds, "text_context": text_context}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        what = "none of them" if not names else " and ".join(f"`{name}`" for name in names)
+        raise ValueError(f"Give exactly one of `prompt`, `prompt_embeds` and `text_context`; got {what}.")
+    if text_context is not None:
+        return text_context.batch_size
+    return len(prompts) if prompts is not None else prompt_embeds.shape[0]
+
+
+def read_images(image: Any, num_prompts: int) -> list[PIL.Image.Image | None]:
+    """The face of each prompt as an upright RGB image, or `None`; see [`load_image`] for what is refused."""
+    return [None if item is None else load_image(item) for item in per_prompt("image", image, num_prompts)]
+
+
+def read_references(reference_audio: Any, sampling_rate: int | None, num_prompts: int) -> list[list[Clip]]:
+    """
+    The clips of each prompt's voice, none for a prompt without; see [`read_reference`] for what is refused.
+
+    A tuple is several clips of one speaker, unless it is a `(waveform, sampling_rate)` pair.
+    """
+    if reference_audio is None and sampling_rate is not None:
+        raise ValueError(
+            f"`reference_audio_sampling_rate` is {sampling_rate}, but there is no `reference_audio`; give both or none."
+        )
+    if not isinstance(reference_audio, list):
+        return [_read_clips(reference_audio, sampling_rate)] * num_prompts
+    return [_read_clips(item, sampling_rate) for item in per_prompt("reference_audio", reference_audio, num_prompts)]
+
+
+def _read_clips(source: Any, sampling_rate: int | None) -> list[Clip]:
+    if source is None:
+        return []
+    is_pair = isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], (int, float))
+    clips = source if isinstance(source, tuple) and not is_pair else (source,)
+    if not clips:
+        raise ValueError("`reference_audio` is an empty tuple; give at least one clip, or `None` for no reference.")
+    return [read_reference(clip, sampling_rate) for clip in clips]
+
+
+def split_latents(
+    name: str, latents: torch.Tensor | list[torch.Tensor | None] | None, num_prompts: int, num_dims: int
+) -> list[torch.Tensor | None]:
+    """
+    Latents given as one tensor `[B or 1, ...]` or a list of `[1, ...]`, as one `[1, ...]` or `None` per prompt.
+
+    Raises:
+        ValueError: If the number of dimensions or of rows is wrong, or a value is not finite.
+    """
+    if isinstance(latents, torch.Tensor) and latents.ndim == num_dims and latents.shape[0] > 1:
+        latents = list(latents.split(1))
+    rows = per_prompt(name, latents, num_prompts)
+    for row in rows:
+        if row is None:
+            continue
+        if not isinstance(row, torch.Tensor) or row.ndim != num_dims or row.shape[0] != 1:
+            shape = tuple(row.shape) if isinstance(row, torch.Tensor) else type(row).__name__
+            raise ValueError(
+                f"`{name}` holds {shape}; give a tensor with {num_dims} dimensions and one row for each prompt."
+            )
+        if not torch.isfinite(row).all():
+            raise ValueError(f"`{name}` holds values that are not finite; encode the recording or image again.")
+    return rows
+
+
+def check_sigmas(sigmas: Sequence[float]) -> list[float]:
+    """
+    The noise levels without a last 0 (every scheduler ends there by itself).
+
+    Raises:
+        ValueError: If there is none, or they do not fall from at most 1 to above 0.
+    """
+    values = [float(sigma) for sigma in sigmas]
+    if values and values[-1] == 0.0:
+        values = values[:-1]
+    falling = all(first > second for first, second in zip(values, values[1:]))
+    if not values or not falling or not all(0.0 < value <= 1.0 for value in values):
+        raise ValueError(f"`sigmas` is {list(sigmas)}; give noise levels that fall from at most 1 to above 0.")
+    return values
+
+
+def identity_guider(scale: float | None, guidance: IdentityGuidance | None) -> IdentityGuidance:
+    """
+    The guider of a call, from a scale or a guider; the recipe's if neither is given.
+
+    Raises:
+        ValueError: If both are given, or the scale is negative or not a number.
+    """
+    if scale is not None and guidance is not None:
+        raise ValueError(
+            f"`identity_guidance_scale` ({scale}) and `identity_guidance` are both given; put the scale into the guider."
+        )
+    if guidance is not None:
+        if not isinstance(guidance, IdentityGuidance):
+            raise ValueError(f"`identity_guidance` is a {type(guidance).__name__}; give an `IdentityGuidance`.")
+        return guidance
+    if scale is None:
+        return IdentityGuidance()
+    check_scale("identity_guidance_scale", scale)
+    return IdentityGuidance(scale=scale)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises a ValueError unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"`{name}` is {value!r}; give a number above 0.")
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises a ValueError unless `value` is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` is {value!r}; give a whole number of at least 1.")
