@@ -92,6 +92,7 @@ class LTX2IDLoRAAttnProcessor(LTX2PerturbedAttnProcessor):
         perturbation_mask: torch.Tensor | None = None,
         all_perturbed: bool | None = None,
     ) -> torch.Tensor:
+        """Attention under `self.edit`; the arguments are those of [`LTX2PerturbedAttnProcessor`]."""
         edit = self.edit
         if edit.all_left_out:
             return torch.zeros_like(hidden_states)

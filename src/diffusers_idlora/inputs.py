@@ -29,8 +29,8 @@ def per_prompt(name: str, value: Any, num_prompts: int) -> list:
         return [value] * num_prompts
     if len(value) != num_prompts:
         raise ValueError(
-            f"`{name}` is a list of {len(value)}, but there {'is 1 prompt' if num_prompts == 1 else f'are {num_prompts} prompts'};"
-            " give one for each prompt, or a single one for all."
+            f"`{name}` is a list of {len(value)}, and the number of prompts is {num_prompts}; give one for each prompt,"
+            " or a single one for all."
         )
     return value
 
@@ -72,7 +72,7 @@ def read_references(reference_audio: Any, sampling_rate: int | None, num_prompts
     """
     if reference_audio is None and sampling_rate is not None:
         raise ValueError(
-            f"`reference_audio_sampling_rate` is {sampling_rate}, but there is no `reference_audio`; give both or none."
+            f"`reference_audio_sampling_rate` is {sampling_rate} without a `reference_audio`; give both or neither."
         )
     if not isinstance(reference_audio, list):
         return [_read_clips(reference_audio, sampling_rate)] * num_prompts
@@ -139,7 +139,8 @@ def identity_guider(scale: float | None, guidance: IdentityGuidance | None) -> I
     """
     if scale is not None and guidance is not None:
         raise ValueError(
-            f"`identity_guidance_scale` ({scale}) and `identity_guidance` are both given; put the scale into the guider."
+            f"`identity_guidance_scale` ({scale}) and `identity_guidance` are both given; put the scale into the"
+            " guider."
         )
     if guidance is not None:
         if not isinstance(guidance, IdentityGuidance):

@@ -61,7 +61,7 @@ class ReferenceLayout:
 
     Attributes:
         lengths (`tuple[int, ...]`): Reference tokens of each row; 0 for a row without a reference.
-        num_reference_tokens (`int`): Tokens before the target in every row: references are padded at the front to this.
+        num_reference_tokens (`int`): Tokens before the target in every row; shorter references are padded to this.
         num_target_tokens (`int`): Tokens of the target in every row.
     """
 

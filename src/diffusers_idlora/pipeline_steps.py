@@ -1,0 +1,321 @@
+"""The steps of a call: reading the prompt, the voice and the face, preparing latents and noise levels, decoding."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, LTX2ConditionPipeline
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import (
+    LTX2VideoCondition,
+    calculate_shift,
+    retrieve_latents,
+    retrieve_timesteps,
+)
+from diffusers.utils.torch_utils import randn_tensor
+
+from .audio import log_mel_spectrogram, read_reference
+from .denoising import TextContext
+from .inputs import Clip
+from .reference import ReferenceBatch, pack_reference_latents
+
+
+# The released recipes shift their sigmas as if for this many video tokens, whatever the size (method section 4).
+FIXED_SHIFT_TOKENS = 4096
+
+
+class LTX2IDLoRASteps(LTX2ConditionPipeline):
+    """
+    What a call of [`LTX2IDLoRAPipeline`] is made of, each step a method of its own. It adds no component to
+    [`LTX2ConditionPipeline`].
+    """
+
+    def encode_text_context(
+        self,
+        prompt: list[str] | None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int = 1024,
+        device: torch.device | None = None,
+    ) -> TextContext:
+        """
+        Prompts as the transformer reads them; keep the result to use a prompt again without the text encoder.
+
+        Args:
+            prompt (`list[str]`, *optional*): The prompts.
+            prompt_embeds (`torch.Tensor`, *optional*), prompt_attention_mask (`torch.Tensor`, *optional*):
+                The output of [`~LTX2ConditionPipeline.encode_prompt`] instead.
+            max_sequence_length (`int`, defaults to `1024`): Tokens of a prompt.
+            device (`torch.device`, *optional*): Where to run.
+
+        Returns:
+            [`TextContext`]: One row for each prompt.
+        """
+        # Always one row per prompt here: diffusers repeats embeddings and masks in different orders.
+        prompt_embeds, attention_mask, _, _ = self.encode_prompt(
+            prompt,
+            do_classifier_free_guidance=False,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+            device=device,
+        )
+        video_embeds, audio_embeds, attention_mask = self.connectors(
+            prompt_embeds, attention_mask, padding_side=self.tokenizer_padding_side
+        )
+        # Without a mask every attention kernel can be used; with learnable registers no token is ever masked.
+        return TextContext(video_embeds, audio_embeds, None if attention_mask.all() else attention_mask)
+
+    def encode_reference_audio(self, reference_audio: Any, sampling_rate: int | None = None) -> torch.Tensor:
+        """
+        One clip of a voice as audio latents (method section 1), for `reference_latents`.
+
+        Args:
+            reference_audio (path, `(waveform, sampling_rate)` or `torch.Tensor`): The recording.
+            sampling_rate (`int`, *optional*): In Hz, for a tensor.
+
+        Returns:
+            `torch.Tensor`: Un-normalised latents `[1, C, L, M]`, 25 per second; the posterior's mode.
+        """
+        waveform, sampling_rate = read_reference(reference_audio, sampling_rate)
+        log_mel = log_mel_spectrogram(
+            waveform,
+            sampling_rate,
+            target_sampling_rate=self.audio_sampling_rate,
+            hop_length=self.audio_hop_length,
+            mel_bins=self.audio_mel_bins,
+        ).to(self._execution_device, self.audio_vae.dtype)
+        return retrieve_latents(self.audio_vae.encode(log_mel), sample_mode="argmax").float()
+
+    def encode_image(self, image: PIL.Image.Image, height: int, width: int, image_crf: int | None = 0) -> torch.Tensor:
+        """
+        An image as the latents of a first frame, for `image_latents`: bilinear resize, centre crop, VAE.
+
+        Args:
+            image (`PIL.Image.Image`): The image.
+            height (`int`), width (`int`): Of the video, in pixels.
+            image_crf (`int`, *optional*, defaults to `0`): H.264 re-compression first; `None` is the model's default.
+
+        Returns:
+            `torch.Tensor`: Un-normalised latents `[1, C, 1, h, w]`.
+        """
+        condition = LTX2VideoCondition(frames=image, index=0, crf=image_crf)
+        (pixels,), *_ = self.preprocess_conditions(condition, height, width, 1, device=self._execution_device)
+        return retrieve_latents(self.vae.encode(pixels), sample_mode="argmax").float()
+
+    def prepare_references(
+        self, clips: list[list[Clip]], reference_latents: list[torch.Tensor | None]
+    ) -> ReferenceBatch | None:
+        """
+        The voices of a batch: encoded, packed, normalised and placed in time.
+
+        Args:
+            clips (`list[list[tuple[torch.Tensor, int]]]`): Of each prompt, its recordings.
+            reference_latents (`list[torch.Tensor | None]`): Of each prompt, latents that need no encoding.
+
+        Returns:
+            [`ReferenceBatch`], or `None` if no prompt has a voice.
+        """
+        tokens = {}
+        for row in clips:
+            # A voice given once for all prompts is one object, and is encoded once.
+            if id(row) not in tokens:
+                tokens[id(row)] = [self._reference_tokens(self.encode_reference_audio(clip)) for clip in row]
+        rows = [
+            tokens[id(row)] if latents is None else [self._reference_tokens(latents)]
+            for row, latents in zip(clips, reference_latents)
+        ]
+        return ReferenceBatch.from_clips(rows, self.transformer.audio_rope)
+
+    def _reference_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        return pack_reference_latents(latents.to(self._execution_device, torch.float32), self.audio_vae)[0]
+
+    def prepare_video_tokens(
+        self,
+        conditions: LTX2VideoCondition | list[LTX2VideoCondition] | None,
+        first_frames: list[torch.Tensor | None],
+        height: int,
+        width: int,
+        num_frames: int,
+        frame_rate: float,
+        noise_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Noisy video tokens with each row's own first frame in place.
+
+        Args:
+            conditions (`LTX2VideoCondition` or a list of these, *optional*): Frames that hold for all rows.
+            first_frames (`list[torch.Tensor | None]`): Of each row, un-normalised latents `[1, C, 1, h, w]`.
+            height (`int`), width (`int`), num_frames (`int`): The video's size.
+            frame_rate (`float`): The rate that positions follow, in frames per second.
+            noise_scale (`float`): How much noise is mixed in.
+            generator (`torch.Generator` or a list of these, *optional*): Sources of noise.
+            latents (`torch.Tensor`, *optional*): Un-normalised `[B, C, F, h, w]` to start from.
+
+        Returns:
+            Tokens `[B, S, C]`, conditioning mask `[B, S, 1]` (1 is clean), clean tokens `[B, S, C]`, positions
+            `[B, 3, S, 2]`.
+        """
+        device, num_rows = self._execution_device, len(first_frames)
+        generators = generator if isinstance(generator, list) else [generator] * num_rows
+        rows = [
+            # Row by row, because diffusers conditions every row alike and would use the first generator only.
+            self.prepare_latents(
+                conditions=conditions,
+                batch_size=1,
+                num_channels_latents=self.transformer.config.in_channels,
+                height=height,
+                width=width,
+                num_frames=num_frames,
+                frame_rate=frame_rate,
+                noise_scale=noise_scale,
+                dtype=torch.float32,
+                device=device,
+                generator=row_generator,
+                latents=None if latents is None else latents[index : index + 1].to(device, torch.float32),
+            )
+            for index, row_generator in enumerate(generators)
+        ]
+        tokens, mask, clean = (torch.cat(parts) for parts in list(zip(*rows))[:3])
+        for index, frame in enumerate(first_frames):
+            if frame is None:
+                continue
+            frame = self._pack_latents(
+                self._normalize_latents(
+                    frame.to(device, torch.float32),
+                    self.vae.latents_mean,
+                    self.vae.latents_std,
+                    self.vae.config.scaling_factor,
+                ),
+                self.transformer_spatial_patch_size,
+                self.transformer_temporal_patch_size,
+            )
+            first_tokens = slice(0, frame.shape[1])
+            tokens[index, first_tokens] = clean[index, first_tokens] = frame[0]
+            mask[index, first_tokens] = 1.0
+        positions = self.transformer.rope.prepare_video_coords(
+            num_rows, *self._latent_size(height, width, num_frames), device, fps=frame_rate
+        )
+        keyframe_positions = rows[0][3]
+        if keyframe_positions is not None:
+            positions = torch.cat([positions, keyframe_positions.expand(num_rows, -1, -1, -1)], dim=2)
+        return tokens, mask, clean, positions
+
+    def _latent_size(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
+        return (
+            (num_frames - 1) // self.vae_temporal_compression_ratio + 1,
+            height // self.vae_spatial_compression_ratio,
+            width // self.vae_spatial_compression_ratio,
+        )
+
+    def audio_length(self, num_frames: int, frame_rate: float) -> int:
+        """Audio latents that are as long as the video."""
+        latents_per_second = (
+            self.audio_sampling_rate / self.audio_hop_length / self.audio_vae_temporal_compression_ratio
+        )
+        return round(num_frames / frame_rate * latents_per_second)
+
+    def prepare_scheduler(
+        self,
+        num_inference_steps: int,
+        sigmas: Sequence[float] | None = None,
+        device: torch.device | None = None,
+        num_tokens: int = FIXED_SHIFT_TOKENS,
+    ) -> FlowMatchEulerDiscreteScheduler:
+        """
+        A scheduler ready for the loop.
+
+        Args:
+            num_inference_steps (`int`): Steps, without `sigmas`.
+            sigmas (`Sequence[float]`, *optional*): Noise levels to be used as they are, without the last 0.
+            device (`torch.device`, *optional*): Where its timesteps are.
+            num_tokens (`int`, defaults to `4096`): Video tokens that the shift is for.
+
+        Returns:
+            `FlowMatchEulerDiscreteScheduler`: The pipeline's own, or with `sigmas` one that does not shift them.
+        """
+        config = self.scheduler.config
+        if sigmas is not None:
+            scheduler = self.scheduler.from_config(config, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
+            scheduler.set_timesteps(sigmas=list(sigmas), device=device)
+            return scheduler
+        mu = calculate_shift(
+            num_tokens,
+            config.get("base_image_seq_len", 1024),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.95),
+            config.get("max_shift", 2.05),
+        )
+        retrieve_timesteps(
+            self.scheduler,
+            num_inference_steps,
+            device,
+            sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps),
+            mu=mu,
+        )
+        return self.scheduler
+
+    def decode_tokens(
+        self,
+        latents: torch.Tensor,
+        audio_latents: torch.Tensor,
+        height: int,
+        width: int,
+        num_frames: int,
+        output_type: str = "pil",
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        decode_timestep: float | list[float] = 0.0,
+        decode_noise_scale: float | list[float] | None = None,
+    ) -> tuple[Any, torch.Tensor]:
+        """
+        Packed, normalised tokens of both modalities to frames and sound; keyframe tokens at the end are dropped.
+
+        Args:
+            latents (`torch.Tensor`): Video tokens `[B, S, C]`.
+            audio_latents (`torch.Tensor`): Audio tokens `[B, L, C * M]`.
+            height (`int`), width (`int`), num_frames (`int`): The video's size.
+            output_type (`str`, defaults to `"pil"`): See [`~LTX2IDLoRAPipeline.__call__`].
+            dtype (`torch.dtype`): What video latents are rounded to before decoding, as diffusers does.
+            generator, decode_timestep, decode_noise_scale: For video VAEs with timestep conditioning.
+
+        Returns:
+            Frames and a waveform `[B, channels, samples]`, or un-normalised latents of both.
+        """
+        latent_size = self._latent_size(height, width, num_frames)
+        latents = self._unpack_latents(
+            latents[:, : math.prod(latent_size)],
+            *latent_size,
+            self.transformer_spatial_patch_size,
+            self.transformer_temporal_patch_size,
+        )
+        audio_latents = self._unpack_audio_latents(
+            self._denormalize_audio_latents(audio_latents, self.audio_vae.latents_mean, self.audio_vae.latents_std),
+            audio_latents.shape[1],
+            num_mel_bins=self.audio_mel_bins // self.audio_vae_mel_compression_ratio,
+        )
+        statistics = (self.vae.latents_mean, self.vae.latents_std, self.vae.config.scaling_factor)
+        if output_type == "latent":
+            return self._denormalize_latents(latents, *statistics), audio_latents
+
+        latents, timestep = latents.to(dtype), None
+        if self.vae.config.timestep_conditioning:
+            timestep = _per_row(decode_timestep, latents)
+            noise_scale = timestep if decode_noise_scale is None else _per_row(decode_noise_scale, latents)
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            noise_scale = noise_scale[:, None, None, None, None]
+            latents = (1 - noise_scale) * latents + noise_scale * noise
+        latents = self._denormalize_latents(latents, *statistics).to(self.vae.dtype)
+        video = self.vae.decode(latents, timestep, return_dict=False)[0]
+        video = self.video_processor.postprocess_video(video, output_type=output_type)
+        log_mel = self.audio_vae.decode(audio_latents.to(self.audio_vae.dtype), return_dict=False)[0]
+        return video, self.vocoder(log_mel)
+
+
+def _per_row(value: float | list[float], latents: torch.Tensor) -> torch.Tensor:
+    values = value if isinstance(value, list) else [value] * latents.shape[0]
+    return torch.tensor(values, device=latents.device, dtype=latents.dtype)
