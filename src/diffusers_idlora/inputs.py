@@ -29,8 +29,8 @@ def per_prompt(name: str, value: Any, num_prompts: int) -> list:
         return [value] * num_prompts
     if len(value) != num_prompts:
         raise ValueError(
-            f"`{name}` is a list of {len(value)}, and the number of prompts is {num_prompts}; give one for each prompt,"
-            " or a single one for all."
+            f"`{name}` is a list of {len(value)} for {num_prompts} prompt(s); give one for each prompt, or a single"
+            " one for all."
         )
     return value
 

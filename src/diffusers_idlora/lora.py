@@ -1,0 +1,667 @@
+"""
+Adapter files: reading, describing, checking against a transformer, renaming, writing.
+
+Two key formats exist for one set of weights. Released adapters use `diffusion_model.<module>.lora_A.weight` and store
+no alpha; diffusers writes `transformer.<module>.lora_A.weight` and, in the file's metadata, the LoRA's configuration.
+"""
+
+import json
+import os
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import LTX2VideoTransformer3DModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ltx2_lora_to_diffusers
+from diffusers.utils import logging
+from diffusers.utils.peft_utils import get_peft_kwargs
+from diffusers.utils.torch_utils import unwrap_module
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+logger = logging.get_logger(__name__)
+
+IDLORA_METADATA_KEY = "idlora"
+
+# The released files say nothing of their base, and the shapes of the adapted modules need not tell it.
+RELEASED_ADAPTERS = {
+    "AviadDahan/ID-LoRA-CelebVHQ": ("ltx-2", "Lightricks/LTX-2"),
+    "AviadDahan/ID-LoRA-TalkVid": ("ltx-2", "Lightricks/LTX-2"),
+    "AviadDahan/LTX-2.3-ID-LoRA-CelebVHQ-3K": ("ltx-2.3", "diffusers/LTX-2.3-Diffusers"),
+    "AviadDahan/LTX-2.3-ID-LoRA-TalkVid-3K": ("ltx-2.3", "diffusers/LTX-2.3-Diffusers"),
+}
+
+_WEIGHT_NAMES = (LORA_WEIGHT_NAME_SAFE, "lora_weights.safetensors")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_ORIGINAL_PREFIX = "diffusion_model."
+_DIFFUSERS_PREFIX = "transformer."
+# Text connectors are a component of their own, to which diffusers takes these keys.
+_CONNECTOR_PREFIXES = ("text_embedding_projection.", "connectors.")
+
+_WEIGHT_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_BLOCK_MODULE = re.compile(r"transformer_blocks\.(?P<block>\d+)\.(?P<module>.+)")
+# Modules that have one name in both formats.
+_COMMON_MODULE = re.compile(
+    r"transformer_blocks\.\d+\."
+    r"((audio_)?attn[12]|audio_to_video_attn|video_to_audio_attn|(audio_)?ff)\.(to_(q|k|v|out\.0|gate_logits)|net\..+)"
+    r"\.lora_.+"
+)
+_SECOND_GENERATION_MODULE = re.compile(r"to_gate_logits|prompt_adaln")
+# The layers whose input is the video stream itself, or the audio stream itself.
+_VIDEO_INPUT = re.compile(
+    r"attn1\.to_[qkv]|attn2\.to_q|audio_to_video_attn\.to_q|video_to_audio_attn\.to_[kv]|ff\.net\.0\.proj"
+)
+_AUDIO_INPUT = re.compile(
+    r"audio_attn1\.to_[qkv]|audio_attn2\.to_q|audio_to_video_attn\.to_[kv]|video_to_audio_attn\.to_q|audio_ff\.net\.0\.proj"
+)
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """
+    What an adapter is, read from its weights and metadata.
+
+    Args:
+        format (`str`):
+            `"original"` for the released key format (`diffusion_model.`), `"diffusers"` for `transformer.`.
+        rank (`int` or `tuple[int, ...]`):
+            The rank, or all distinct ranks in ascending order.
+        alpha (`float`, `tuple[float, ...]` or `None`):
+            The alpha stored in the file, or all distinct ones. `None` if none is stored: alpha equals the rank then,
+            so the LoRA acts unscaled.
+        dtype (`str`):
+            Type of the weights, such as `"bfloat16"`; several are joined by commas.
+        num_parameters (`int`):
+            Number of LoRA parameters in the transformer.
+        num_blocks (`int`):
+            Number of transformer blocks with at least one adapted module.
+        modules (`dict[str, int]`):
+            Names of the adapted modules within a block, and in how many blocks each is adapted. A module outside the
+            blocks has its full name and counts 1.
+        touches_audio (`bool`):
+            Whether a module of the audio stream, or one between the streams, is adapted.
+        video_dim (`int`, *optional*):
+            Width of the video stream it was made for; `None` if the adapted modules do not show it.
+        audio_dim (`int`, *optional*):
+            Width of the audio stream it was made for; `None` if the adapted modules do not show it.
+        generation (`str`, *optional*):
+            `"ltx-2"` or `"ltx-2.3"`, as the metadata says, or as modules show that only LTX-2.3 has.
+        base_model (`str`, *optional*):
+            The base checkpoint it was made for, as the metadata says.
+        metadata (`dict`):
+            The `idlora` block of the file's metadata, or an empty dict.
+    """
+
+    format: str
+    rank: int | tuple[int, ...]
+    alpha: float | tuple[float, ...] | None
+    dtype: str
+    num_parameters: int
+    num_blocks: int
+    modules: dict[str, int]
+    touches_audio: bool
+    video_dim: int | None = None
+    audio_dim: int | None = None
+    generation: str | None = None
+    base_model: str | None = None
+    metadata: dict = field(default_factory=dict)
+
+    @property
+    def made_for(self) -> str:
+        """The base in words, such as `"LTX-2.3 (video width 4096, audio width 2048)"`."""
+        widths = {"video": self.video_dim, "audio": self.audio_dim}
+        widths = ", ".join(f"{stream} width {width}" for stream, width in widths.items() if width)
+        names = [self.base_model, self.generation and self.generation.upper()]
+        base = ", ".join(filter(None, names)) or "a base that the file does not name"
+        return f"{base} ({widths})" if widths else base
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns the facts as `(label, text)` rows of a table."""
+        key = {"original": f"original (`{_ORIGINAL_PREFIX}`)", "diffusers": f"diffusers (`{_DIFFUSERS_PREFIX}`)"}
+        return [
+            ("Format", key[self.format]),
+            ("Made for", self.made_for),
+            ("Rank", _join(self.rank)),
+            ("Alpha", "not stored: equal to the rank" if self.alpha is None else _join(self.alpha)),
+            ("Type", self.dtype),
+            ("Parameters", f"{self.num_parameters:,}"),
+            ("Blocks", str(self.num_blocks)),
+            ("Audio modules", "yes" if self.touches_audio else "none: a plain LoRA, the voice will not follow"),
+            ("Modules", "\n".join(f"{module} ({count})" for module, count in self.modules.items())),
+        ]
+
+
+def load_adapter(
+    source: str | os.PathLike | Mapping[str, torch.Tensor], *, name: str = "adapter", **kwargs
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """
+    Reads an adapter's tensors and file metadata.
+
+    Tensors named `.alpha` are moved into the metadata in the form that diffusers reads (see [`lora_config`]), so the
+    weights stay as they are and keep their scale. `lora_down` and `lora_up` become `lora_A` and `lora_B`.
+
+    Args:
+        source (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
+            A safetensors file, a folder, a repository on the Hub, or the tensors themselves.
+        name (`str`, *optional*, defaults to `"adapter"`):
+            What error messages call this argument.
+        kwargs:
+            Where to look in a folder or repository, as in [`find_adapter_file`].
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, str]]`: The tensors on the CPU, and the file's metadata. For a
+        released repository, which stores none, the metadata has an `idlora` block that names its base.
+
+    Raises:
+        ValueError: If there is no such file, or it is not a readable safetensors file.
+    """
+    if isinstance(source, Mapping):
+        return _alpha_to_metadata(_peft_names(source), {}, name)
+    state_dict, metadata = _read_safetensors(find_adapter_file(source, name=name, **kwargs), name)
+    if str(source) in RELEASED_ADAPTERS:
+        generation, base_model = RELEASED_ADAPTERS[str(source)]
+        block = json.dumps({"generation": generation, "base_model": base_model})
+        metadata.setdefault(IDLORA_METADATA_KEY, block)
+    return _alpha_to_metadata(_peft_names(state_dict), metadata, name)
+
+
+def find_adapter_file(
+    source: str | os.PathLike,
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool | None = None,
+    name: str = "adapter",
+) -> Path:
+    """
+    Finds an adapter's safetensors file, and downloads it if it is on the Hub.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A safetensors file, a folder, or a repository on the Hub.
+        weight_name (`str`, *optional*):
+            File in the folder or repository. Defaults to `pytorch_lora_weights.safetensors`, else
+            `lora_weights.safetensors`, else the only safetensors file.
+        subfolder (`str`, *optional*):
+            Where in the folder or repository the file is.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository.
+        token (`str` or `bool`, *optional*):
+            Access token for the Hub.
+        cache_dir (`str` or `os.PathLike`, *optional*):
+            Cache folder for downloads.
+        local_files_only (`bool`, *optional*):
+            Whether to use only what was downloaded before.
+        name (`str`, *optional*, defaults to `"adapter"`):
+            What error messages call `source`.
+
+    Returns:
+        `pathlib.Path`: The file on this machine.
+
+    Raises:
+        ValueError: If there is no such file, or it is not a safetensors file.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"`{name}` is {source!r}: give a safetensors file, a folder, a Hub repository or a dict.")
+    path = Path(source).expanduser()
+    for argument, filename in ((name, path.name), ("weight_name", weight_name or "")):
+        if filename.lower().endswith(_PICKLE_SUFFIXES):
+            raise ValueError(
+                f"`{argument}` is {filename!r}, a pickle file, which could run any code when it is opened: "
+                "convert it to .safetensors, the only format read here."
+            )
+    if weight_name is not None and not weight_name.endswith(".safetensors"):
+        raise ValueError(f"`weight_name` is {weight_name!r}: name a .safetensors file.")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _find_in_folder(path / (subfolder or ""), weight_name, name)
+    is_path = isinstance(source, os.PathLike) or source.startswith(("/", ".", "~")) or source.endswith(".safetensors")
+    if is_path or len(path.parts) > 2:
+        raise ValueError(f"`{name}` is {str(source)!r}, where there is no file or folder: check the path.")
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    return _find_on_hub(source, weight_name, subfolder, bool(local_files_only) or is_offline_mode(), hub, name)
+
+
+def inspect_adapter(
+    source: str | os.PathLike | Mapping[str, torch.Tensor], *, name: str = "adapter", **kwargs
+) -> AdapterInfo:
+    """
+    Reads an adapter and says what it is; the arguments are those of [`load_adapter`].
+
+    Raises:
+        ValueError: If it can't be read, or is not a LoRA of an LTX-2 transformer.
+    """
+    state_dict, metadata = load_adapter(source, name=name, **kwargs)
+    return _adapter_info(state_dict, _lora_layers(state_dict, name), metadata, name)
+
+
+def check_adapter(
+    state_dict: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None,
+    transformer: LTX2VideoTransformer3DModel,
+    *,
+    name: str = "adapter",
+) -> AdapterInfo:
+    """
+    Checks that an adapter fits a transformer, before anything is loaded into it.
+
+    diffusers only logs when an adapter fits no module. Here that is an error; a plain LoRA and weights that would be
+    left out are warnings.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            The tensors, as [`load_adapter`] returns them.
+        metadata (`dict[str, str]`, *optional*):
+            The file metadata, as [`load_adapter`] returns it.
+        transformer (`LTX2VideoTransformer3DModel`):
+            The model to load into; it may have other adapters already.
+        name (`str`, *optional*, defaults to `"adapter"`):
+            What messages call the adapter.
+
+    Returns:
+        [`AdapterInfo`]: What the adapter is.
+
+    Raises:
+        ValueError: If it is not a LoRA of an LTX-2 transformer, or was made for another base than this one.
+    """
+    layers = _lora_layers(state_dict, name)
+    info = _adapter_info(state_dict, layers, metadata or {}, name)
+    model = unwrap_module(transformer)
+    this_base = _describe(model)
+    advice = f"it was made for {info.made_for}, so load it on that base or take an adapter made for {this_base}."
+
+    unknown = _check_modules(layers, model, name, advice)
+    other_generation = info.generation not in (None, transformer_generation(model))
+    if len(unknown) == len(layers) or (unknown and other_generation):
+        raise ValueError(f"`{name}` adapts `{unknown[0]}`, which this transformer does not have: {advice}")
+    if unknown:
+        _warn_ignored(unknown, "modules, which this transformer does not have", name)
+    elif other_generation:
+        logger.warning(f"`{name}` was made for {info.made_for}, but is loaded into {this_base}; its shapes fit.")
+    _check_other_keys(state_dict, name)
+    if not info.touches_audio:
+        logger.warning(
+            f"`{name}` touches no audio module: it is a plain LoRA, and the voice will not follow a reference."
+        )
+    return info
+
+
+def transformer_generation(transformer: LTX2VideoTransformer3DModel) -> str:
+    """Returns `"ltx-2.3"` for a transformer of LTX-2.3 or later, else `"ltx-2"`."""
+    return "ltx-2.3" if transformer.config.cross_attn_mod else "ltx-2"
+
+
+def lora_config(metadata: Mapping[str, str] | None, *, name: str = "adapter") -> dict | None:
+    """
+    Reads the LoRA configuration that diffusers keeps in a file's metadata.
+
+    Args:
+        metadata (`dict[str, str]`, *optional*):
+            File metadata, as [`load_adapter`] returns it.
+        name (`str`, *optional*, defaults to `"adapter"`):
+            What error messages call the adapter.
+
+    Returns:
+        `dict` or `None`: peft's `LoraConfig` arguments under `transformer.` keys, as diffusers' `lora_state_dict`
+        returns them; `None` if the file has none, in which case alpha equals the rank.
+
+    Raises:
+        ValueError: If the metadata is not valid JSON.
+    """
+    return _json_block(metadata, LORA_ADAPTER_METADATA_KEY, name)
+
+
+def to_diffusers_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Renames released keys (`diffusion_model.`) to those of diffusers (`transformer.`); the tensors stay the same.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            An adapter, all in the released format or all in that of diffusers.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The same tensors, in the same order.
+
+    Raises:
+        ValueError: If a key is in neither format, or two keys would get one name.
+    """
+    renamed = {}
+    for key, tensor in state_dict.items():
+        (new_key,) = _convert_non_diffusers_ltx2_lora_to_diffusers({key: tensor}) or (key,)
+        if not new_key.startswith(_DIFFUSERS_PREFIX) or new_key in renamed:
+            raise ValueError(
+                f"`state_dict` has the key `{key}`, which has no name of its own in diffusers' format: leave it out."
+            )
+        renamed[new_key] = tensor
+    return renamed
+
+
+def to_original_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Renames diffusers' keys (`transformer.`) to those of the released adapters (`diffusion_model.`).
+
+    Only attention and feed-forward layers of the blocks are taken, which is all that an ID-LoRA touches: their names
+    are the same in both formats. Tools that read this format take alpha to be equal to the rank.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            An adapter, all in the released format or all in that of diffusers.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The same tensors, in the same order.
+
+    Raises:
+        ValueError: If a key belongs to another module, or two keys would get one name.
+    """
+    renamed = {}
+    for key, tensor in state_dict.items():
+        path = key.removeprefix(_ORIGINAL_PREFIX).removeprefix(_DIFFUSERS_PREFIX)
+        new_key = _ORIGINAL_PREFIX + path
+        if path == key or not _COMMON_MODULE.fullmatch(path) or new_key in renamed:
+            raise ValueError(
+                f"`state_dict` has the key `{key}`, which has no name of its own in the released format: leave it "
+                "out, or keep the adapter in diffusers' format."
+            )
+        renamed[new_key] = tensor
+    return renamed
+
+
+def save_adapter(
+    path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """
+    Writes an adapter to a safetensors file, whole or not at all.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The `.safetensors` file to write; an existing one is replaced, missing folders are created.
+        state_dict (`dict[str, torch.Tensor]`):
+            The tensors.
+        metadata (`dict[str, str]`, *optional*):
+            File metadata, as [`load_adapter`] returns it.
+
+    Returns:
+        `pathlib.Path`: The file.
+
+    Raises:
+        ValueError: If `path` is no `.safetensors` file, there is nothing to save, or a metadata value is no string.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"`path` is {str(path)!r}: an adapter is saved as a .safetensors file, so give that ending.")
+    if not state_dict:
+        raise ValueError("`state_dict` is empty: give the adapter's tensors.")
+    for key, value in (metadata or {}).items():
+        if not isinstance(value, str):
+            raise ValueError(f"`metadata` has {value!r} under `{key}`: file metadata is text, so pass it as JSON.")
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# Finding and reading the file
+
+
+def _find_in_folder(folder: Path, weight_name: str | None, name: str) -> Path:
+    files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return folder / _choose_weight_name(files, weight_name, folder, name)
+
+
+def _choose_weight_name(files: list[str], weight_name: str | None, place: str | Path, name: str) -> str:
+    candidates = [file for file in files if file.endswith(".safetensors")]
+    chosen = [file for file in ([weight_name] if weight_name else _WEIGHT_NAMES) if file in candidates]
+    if chosen or (len(candidates) == 1 and not weight_name):
+        return (chosen or candidates)[0]
+    sought = repr(weight_name) if weight_name else "the adapter's .safetensors file"
+    raise ValueError(
+        f"`{name}` is {str(place)!r}, where {sought} was looked for among {', '.join(files) or 'no files'}: "
+        "say which file with `weight_name`, or check the place."
+    )
+
+
+def _find_on_hub(
+    repository: str, weight_name: str | None, subfolder: str | None, local_files_only: bool, hub: dict, name: str
+) -> Path:
+    if weight_name is None and local_files_only:
+        with _hub_errors(repository, name):
+            snapshot = snapshot_download(repository, local_files_only=True, **hub)
+        return _find_in_folder(Path(snapshot) / (subfolder or ""), None, name)
+    if weight_name is None:
+        with _hub_errors(repository, name):
+            files = HfApi().list_repo_files(repository, revision=hub["revision"], token=hub["token"])
+        prefix = f"{subfolder.rstrip('/')}/" if subfolder else ""
+        here = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+        weight_name = _choose_weight_name([file for file in here if "/" not in file], None, repository, name)
+    with _hub_errors(repository, name, weight_name):
+        options = {"subfolder": subfolder, "local_files_only": local_files_only, **hub}
+        return Path(hf_hub_download(repository, weight_name, **options))
+
+
+@contextmanager
+def _hub_errors(repository: str, name: str, weight_name: str | None = None) -> Iterator[None]:
+    try:
+        yield
+    # A look-up on the Hub fails in the error classes of several libraries, which share no base but this.
+    except Exception as error:
+        file = f" with the file {weight_name!r}" if weight_name else ""
+        raise ValueError(
+            f"`{name}` is {repository!r}, which is no file or folder here, nor a repository{file} that the Hub or its "
+            f"local cache could give ({type(error).__name__}): check the name and the connection."
+        ) from error
+
+
+def _read_safetensors(path: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"`{name}` is {str(path)!r}: adapters are read from .safetensors files only.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"`{name}` is {str(path)!r}, which can't be read as a safetensors file ({error}): "
+            "it is damaged or incomplete, so fetch it again."
+        ) from error
+
+
+def _json_block(metadata: Mapping[str, str] | None, key: str, name: str) -> dict | None:
+    if not metadata or not metadata.get(key):
+        return None
+    try:
+        block = json.loads(metadata[key])
+    except ValueError:
+        block = None
+    if not isinstance(block, dict):
+        raise ValueError(
+            f"`{name}` has {metadata[key]!r} as its `{key}` metadata, which is no JSON object: mend the file."
+        )
+    return block
+
+
+# Names
+
+
+def _peft_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = {key: key.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.") for key in state_dict}
+    return {names[key]: tensor for key, tensor in state_dict.items()}
+
+
+def _is_original(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    return any(key.startswith(_ORIGINAL_PREFIX) for key in state_dict)
+
+
+def _transformer_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Maps the transformer's own key to the given key, for each key that diffusers would load into it."""
+    if _is_original(state_dict):
+        names = _convert_non_diffusers_ltx2_lora_to_diffusers({key: key for key in state_dict})
+    else:
+        names = {key: key for key in state_dict if key.startswith(_DIFFUSERS_PREFIX)}
+    return {key.removeprefix(_DIFFUSERS_PREFIX): given for key, given in names.items()}
+
+
+def _lora_layers(state_dict: Mapping[str, torch.Tensor], name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Maps module paths of the transformer to `lora_A` `[rank, in]` and `lora_B` `[out, rank]`."""
+    if not any(_WEIGHT_KEY.fullmatch(key) for key in state_dict):
+        keys = f"only keys such as `{next(iter(state_dict))}`" if state_dict else "nothing at all"
+        raise ValueError(f"`{name}` holds no LoRA (`lora_A.weight`, `lora_B.weight`), {keys}: give a LoRA file.")
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for key, given in _transformer_keys(state_dict).items():
+        if match := _WEIGHT_KEY.fullmatch(key):
+            sides.setdefault(match["module"], {})[match["side"]] = state_dict[given]
+    if not sides:
+        raise ValueError(
+            f"`{name}` has keys such as `{next(iter(state_dict))}`, but only those that begin with "
+            f"`{_ORIGINAL_PREFIX}` (released files) or `{_DIFFUSERS_PREFIX}` (diffusers) are read: rename its keys."
+        )
+    for module, pair in sides.items():
+        if set(pair) != {"A", "B"}:
+            raise ValueError(
+                f"`{name}` has only `lora_{min(pair)}` for `{module}`: the file is incomplete, so fetch it again."
+            )
+        shapes = [tuple(pair[side].shape) for side in "AB"]
+        if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
+            raise ValueError(
+                f"`{name}` has lora_A {shapes[0]} and lora_B {shapes[1]} for `{module}`, which are not the "
+                "(rank, inputs) and (outputs, rank) of a linear layer: export it again."
+            )
+    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
+
+
+def _alpha_to_metadata(
+    state_dict: dict[str, torch.Tensor], metadata: dict[str, str], name: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Takes `.alpha` tensors, which diffusers refuses, out of the weights and into the LoRA configuration."""
+    keys = [key for key in state_dict if key.endswith(".alpha")]
+    if not keys:
+        return state_dict, metadata
+    weights = {key: tensor for key, tensor in state_dict.items() if key not in keys}
+    if LORA_ADAPTER_METADATA_KEY in metadata or any(key.startswith(_CONNECTOR_PREFIXES) for key in state_dict):
+        raise ValueError(
+            f"`{name}` has `{keys[0]}` beside a stored LoRA configuration or connector weights, so that its scale is "
+            "unclear: export it with diffusers' `save_lora_weights`."
+        )
+    layers = _lora_layers(weights, name)
+    given = _transformer_keys(state_dict)
+    alphas = {
+        f"{module}.alpha": float(state_dict[given[f"{module}.alpha"]]) if f"{module}.alpha" in given else len(lora_a)
+        for module, (lora_a, _) in layers.items()
+    }
+    ranks = {f"^{module}.lora_B.weight": len(lora_a) for module, (lora_a, _) in layers.items()}
+    config = get_peft_kwargs(ranks, alphas, {f"{module}.lora_A.weight": None for module in layers})
+    config["target_modules"] = sorted(config["target_modules"])
+    block = {f"{_DIFFUSERS_PREFIX}{key}": value for key, value in config.items()}
+    return weights, {**metadata, LORA_ADAPTER_METADATA_KEY: json.dumps(block)}
+
+
+# Facts and checks
+
+
+def _adapter_info(
+    state_dict: Mapping[str, torch.Tensor],
+    layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    metadata: Mapping[str, str],
+    name: str,
+) -> AdapterInfo:
+    in_block = {module: _BLOCK_MODULE.fullmatch(module) for module in layers}
+    modules = Counter(match["module"] if match else module for module, match in in_block.items())
+    widths = {match["module"]: layers[module][0].shape[1] for module, match in in_block.items() if match is not None}
+    block = _json_block(metadata, IDLORA_METADATA_KEY, name) or {}
+    config = lora_config(metadata, name=name) or {}
+    alphas = {config.get("transformer.lora_alpha"), *(config.get("transformer.alpha_pattern") or {}).values()} - {None}
+    is_second = any(_SECOND_GENERATION_MODULE.search(module) for module in modules)
+    tensors = [tensor for pair in layers.values() for tensor in pair]
+    return AdapterInfo(
+        format="original" if _is_original(state_dict) else "diffusers",
+        rank=_one_or_all({len(lora_a) for lora_a, _ in layers.values()}),
+        alpha=_one_or_all(alphas) if alphas else None,
+        dtype=", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+        num_parameters=sum(tensor.numel() for tensor in tensors),
+        num_blocks=len({match["block"] for match in in_block.values() if match}),
+        modules=dict(modules),
+        touches_audio=any("audio" in module for module in modules),
+        video_dim=next((width for module, width in widths.items() if _VIDEO_INPUT.fullmatch(module)), None),
+        audio_dim=next((width for module, width in widths.items() if _AUDIO_INPUT.fullmatch(module)), None),
+        generation=block.get("generation") or ("ltx-2.3" if is_second else None),
+        base_model=block.get("base_model"),
+        metadata=block,
+    )
+
+
+def _one_or_all(values: set) -> float | tuple[float, ...]:
+    return next(iter(values)) if len(values) == 1 else tuple(sorted(values))
+
+
+def _join(value: float | tuple[float, ...]) -> str:
+    return ", ".join(f"{item:g}" for item in (value if isinstance(value, tuple) else (value,)))
+
+
+def _describe(transformer: LTX2VideoTransformer3DModel) -> str:
+    config = transformer.config
+    video = config.num_attention_heads * config.attention_head_dim
+    audio = config.audio_num_attention_heads * config.audio_attention_head_dim
+    return f"{transformer_generation(transformer).upper()} (video width {video}, audio width {audio})"
+
+
+def _check_modules(
+    layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    transformer: LTX2VideoTransformer3DModel,
+    name: str,
+    advice: str,
+) -> list[str]:
+    """Raises if a block or a shape does not fit; returns the modules that the transformer does not have."""
+    num_layers = transformer.config.num_layers
+    targets = dict(transformer.named_modules())
+    unknown = []
+    for module, (lora_a, lora_b) in layers.items():
+        target = targets.get(module)
+        match = _BLOCK_MODULE.fullmatch(module)
+        if match and int(match["block"]) >= num_layers:
+            raise ValueError(
+                f"`{name}` adapts `{module}`, but this transformer has {num_layers} blocks, the last being "
+                f"{num_layers - 1}: {advice}"
+            )
+        if not hasattr(target, "in_features"):
+            unknown.append(module)
+        elif (lora_a.shape[1], lora_b.shape[0]) != (target.in_features, target.out_features):
+            raise ValueError(
+                f"`{name}` has lora_A {tuple(lora_a.shape)} and lora_B {tuple(lora_b.shape)} for `{module}`, which "
+                f"takes {target.in_features} and gives {target.out_features} features in this transformer: {advice}"
+            )
+    return unknown
+
+
+def _check_other_keys(state_dict: Mapping[str, torch.Tensor], name: str) -> None:
+    # diffusers leaves out `dora_scale` itself, and says so.
+    foreign = [key for key in state_dict if "lora" not in key and "dora_scale" not in key]
+    if foreign:
+        raise ValueError(
+            f"`{name}` has {len(foreign)} tensors that are no LoRA weights, such as `{foreign[0]}`: read it with "
+            "`load_adapter`, which understands `.alpha`, or remove them."
+        )
+    prefix = _ORIGINAL_PREFIX if _is_original(state_dict) else _DIFFUSERS_PREFIX
+    ignored = [key for key in state_dict if not key.startswith((prefix, *_CONNECTOR_PREFIXES))]
+    if ignored:
+        _warn_ignored(ignored, f"keys, which lack the prefix `{prefix}` of the others", name)
+
+
+def _warn_ignored(items: list[str], what: str, name: str) -> None:
+    first = ", ".join(f"`{item}`" for item in items[:3])
+    logger.warning(f"`{name}` loads without {len(items)} {what}: {first}{', ...' if len(items) > 3 else ''}.")
