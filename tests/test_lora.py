@@ -11,13 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from conftest import families
 from diffusers_idlora import LTX2IDLoRAPipeline
+from diffusers_idlora.adapter_files import find_adapter_file, save_adapter
 from diffusers_idlora.lora import (
     IDLORA_METADATA_KEY,
     check_adapter,
-    find_adapter_file,
     inspect_adapter,
     load_adapter,
-    save_adapter,
     to_diffusers_keys,
     to_original_keys,
 )
