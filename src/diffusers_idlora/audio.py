@@ -201,7 +201,7 @@ def check_waveform(waveform: torch.Tensor | np.ndarray, sampling_rate: int, name
     seconds = waveform.shape[1] / sampling_rate
     if seconds < MIN_SECONDS:
         raise ValueError(
-            f"`{name}` is too short, {waveform.shape[1]} samples at {sampling_rate} Hz are {seconds:.3f} s: give at "
+            f"`{name}` is too short, {waveform.shape[1]} samples at {sampling_rate} Hz are {seconds:.4g} s: give at "
             f"least {MIN_SECONDS} s, better about 5 s."
         )
     peak = waveform.abs().max().item()
@@ -239,7 +239,7 @@ def read_reference(
     name: str = "reference_audio",
 ) -> tuple[torch.Tensor, int]:
     """
-    Reads and checks one reference clip, and warns once if its length is unusual.
+    Reads and checks one reference clip.
 
     Args:
         source (`str`, `os.PathLike`, `tuple[torch.Tensor, int]`, `torch.Tensor` or `np.ndarray`):
@@ -274,7 +274,6 @@ def read_reference(
     if sampling_rate is None:
         raise ValueError(f"`{rate_name}` is required when `{name}` is a bare waveform: pass its rate in Hz.")
     check_waveform(waveform, sampling_rate, name)
-    warn_reference_seconds(waveform.shape[1] / sampling_rate)
     return waveform, int(sampling_rate)
 
 
@@ -300,14 +299,14 @@ def _mel_transform(
         )
 
 
-def _resample(waveform: torch.Tensor, sampling_rate: int, target_sampling_rate: int) -> torch.Tensor:
+def check_resampling(sampling_rate: int, target_sampling_rate: int, name: str = "reference_audio") -> None:
+    """Raises a ValueError if the filter from one rate to the other would need gigabytes; both in Hz."""
     common = math.gcd(sampling_rate, target_sampling_rate)
     if (sampling_rate // common) * (target_sampling_rate // common) > MAX_RESAMPLING_KERNEL:
         raise ValueError(
-            f"`sampling_rate` {sampling_rate} Hz can't be brought to {target_sampling_rate} Hz in reasonable memory: "
-            "convert the recording to 16000, 44100 or 48000 Hz."
+            f"`{name}` has a sampling rate of {sampling_rate} Hz, which can't be brought to {target_sampling_rate} Hz "
+            "in reasonable memory: convert the recording to 16000, 44100 or 48000 Hz."
         )
-    return torchaudio.functional.resample(waveform, sampling_rate, target_sampling_rate)
 
 
 def log_mel_spectrogram(
@@ -345,6 +344,7 @@ def log_mel_spectrogram(
         `ValueError`: if waveform or sampling rate are wrong, or the recording is shorter than half a window.
     """
     sampling_rate = check_sampling_rate(sampling_rate, "waveform")
+    check_resampling(sampling_rate, target_sampling_rate, "waveform")
     waveform = as_waveform(waveform, "waveform")
     device = waveform.device
     # Always on the CPU: it takes milliseconds, and GPUs convolve in TF32, which the log shows in nearly empty bands.
@@ -354,7 +354,7 @@ def log_mel_spectrogram(
         waveform = waveform.mean(dim=0, keepdim=True).repeat(2, 1)
     # Autocast would run the mel filter bank in half precision.
     with torch.autocast("cpu", enabled=False):
-        resampled = _resample(waveform, sampling_rate, target_sampling_rate)
+        resampled = torchaudio.functional.resample(waveform, sampling_rate, target_sampling_rate)
         if resampled.shape[1] <= n_fft // 2:
             raise ValueError(
                 f"`waveform` has {resampled.shape[1]} samples at {target_sampling_rate} Hz, the spectrogram needs "

@@ -73,8 +73,8 @@ class IdentityGuidance(BaseGuidance):
     ):
         check_scale("scale", scale)
         for name, value in (("start", start), ("stop", stop)):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` is {value}; give a fraction of the steps between 0 and 1.")
+            if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+                raise ValueError(f"`{name}` is {value!r}; give a fraction of the steps between 0 and 1.")
         if start >= stop:
             raise ValueError(f"`start` ({start}) has to be smaller than `stop` ({stop}); 0.0 and 1.0 are all steps.")
         if not callable(schedule) and schedule not in SCHEDULES:
@@ -216,7 +216,7 @@ class GuidanceScales:
     def __post_init__(self):
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is not None:
+            if value is not None or item.default is not None:
                 check_scale(item.name, value)
         text_default = RECIPE_AUDIO_GUIDANCE_SCALE if self.guidance_scale > 1 else self.guidance_scale
         for name, default in (

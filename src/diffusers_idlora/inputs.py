@@ -6,8 +6,9 @@ from typing import Any
 
 import PIL.Image
 import torch
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
-from .audio import read_reference
+from .audio import read_reference, warn_reference_seconds
 from .denoising import TextContext
 from .guidance import IdentityGuidance, check_scale
 from .media import load_image
@@ -83,35 +84,92 @@ def _read_clips(source: Any, sampling_rate: int | None) -> list[Clip]:
     if source is None:
         return []
     is_pair = isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], (int, float))
-    clips = source if isinstance(source, tuple) and not is_pair else (source,)
-    if not clips:
+    sources = source if isinstance(source, tuple) and not is_pair else (source,)
+    if not sources:
         raise ValueError("`reference_audio` is an empty tuple; give at least one clip, or `None` for no reference.")
-    return [read_reference(clip, sampling_rate) for clip in clips]
+    clips = [read_reference(item, sampling_rate) for item in sources]
+    warn_reference_seconds(sum(waveform.shape[1] / rate for waveform, rate in clips))
+    return clips
 
 
 def split_latents(
-    name: str, latents: torch.Tensor | list[torch.Tensor | None] | None, num_prompts: int, num_dims: int
+    name: str,
+    latents: torch.Tensor | list[torch.Tensor | None] | None,
+    num_prompts: int,
+    shape: tuple[int | None, ...],
 ) -> list[torch.Tensor | None]:
     """
     Latents given as one tensor `[B or 1, ...]` or a list of `[1, ...]`, as one `[1, ...]` or `None` per prompt.
 
-    Raises:
-        ValueError: If the number of dimensions or of rows is wrong, or a value is not finite.
+    Args:
+        name (`str`): What messages call them.
+        latents (`torch.Tensor` or `list[torch.Tensor | None]`, *optional*): What was given.
+        num_prompts (`int`): The number of prompts.
+        shape (`tuple[int | None, ...]`): The shape without its rows, for [`check_latents`].
     """
-    if isinstance(latents, torch.Tensor) and latents.ndim == num_dims and latents.shape[0] > 1:
+    if isinstance(latents, torch.Tensor) and latents.ndim == len(shape) + 1 and latents.shape[0] > 1:
         latents = list(latents.split(1))
     rows = per_prompt(name, latents, num_prompts)
     for row in rows:
-        if row is None:
-            continue
-        if not isinstance(row, torch.Tensor) or row.ndim != num_dims or row.shape[0] != 1:
-            shape = tuple(row.shape) if isinstance(row, torch.Tensor) else type(row).__name__
-            raise ValueError(
-                f"`{name}` holds {shape}; give a tensor with {num_dims} dimensions and one row for each prompt."
-            )
-        if not torch.isfinite(row).all():
-            raise ValueError(f"`{name}` holds values that are not finite; encode the recording or image again.")
+        check_latents(name, row, (1, *shape))
     return rows
+
+
+def check_latents(name: str, latents: torch.Tensor | None, shape: tuple[int | None, ...]) -> None:
+    """
+    Raises a ValueError unless `latents` is `None` or a tensor of this shape (`None` is any size from 1) with finite
+    values.
+    """
+    if latents is None:
+        return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    if not isinstance(latents, torch.Tensor):
+        raise ValueError(f"`{name}` is a {type(latents).__name__}; give a tensor of the shape [{wanted}].")
+    fits = latents.ndim == len(shape) and all(
+        given > 0 and size in (None, given) for given, size in zip(latents.shape, shape)
+    )
+    if not fits:
+        raise ValueError(f"`{name}` has the shape {tuple(latents.shape)}; give a tensor of the shape [{wanted}].")
+    if not torch.isfinite(latents).all():
+        raise ValueError(f"`{name}` holds values that are not finite; encode the recording or image again.")
+
+
+def check_given_once(**values: Any) -> None:
+    """Raises a ValueError if more than one of the values is given."""
+    names = [f"`{name}`" for name, value in values.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} are given; leave all but one of them out.")
+
+
+def read_negative_prompts(negative_prompt: str | list[str] | None, num_prompts: int) -> list[str]:
+    """What to steer away from, for each prompt."""
+    negative_prompts = per_prompt("negative_prompt", "" if negative_prompt is None else negative_prompt, num_prompts)
+    for item in negative_prompts:
+        if not isinstance(item, str):
+            raise ValueError(f"`negative_prompt` holds {item!r}; give a string, or a list of one for each prompt.")
+    return negative_prompts
+
+
+def check_frames(num_frames: int | None, temporal_ratio: int) -> None:
+    """Raises a ValueError unless `num_frames` is `None` or a whole number of latent frames: `temporal_ratio` k + 1."""
+    if num_frames is None:
+        return
+    check_count("num_frames", num_frames)
+    if (num_frames - 1) % temporal_ratio:
+        below = (num_frames - 1) // temporal_ratio * temporal_ratio + 1
+        raise ValueError(
+            f"`num_frames` is {num_frames}; give {temporal_ratio}k + 1 frames, for example {below} or"
+            f" {below + temporal_ratio}."
+        )
+
+
+def read_conditions(conditions: Any) -> list[LTX2VideoCondition]:
+    """The further frames of a call, as a list."""
+    items = [] if conditions is None else conditions if isinstance(conditions, list) else [conditions]
+    for item in items:
+        if not isinstance(item, LTX2VideoCondition):
+            raise ValueError(f"`conditions` holds a {type(item).__name__}; give `LTX2VideoCondition`s.")
+    return items
 
 
 def check_sigmas(sigmas: Sequence[float]) -> list[float]:
@@ -121,7 +179,10 @@ def check_sigmas(sigmas: Sequence[float]) -> list[float]:
     Raises:
         ValueError: If there is none, or they do not fall from at most 1 to above 0.
     """
-    values = [float(sigma) for sigma in sigmas]
+    try:
+        values = [float(sigma) for sigma in sigmas]
+    except (TypeError, ValueError):
+        raise ValueError(f"`sigmas` is {sigmas!r}; give a list of numbers that fall from at most 1.") from None
     if values and values[-1] == 0.0:
         values = values[:-1]
     falling = all(first > second for first, second in zip(values, values[1:]))
@@ -162,3 +223,9 @@ def check_count(name: str, value: int) -> None:
     """Raises a ValueError unless `value` is a whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` is {value!r}; give a whole number of at least 1.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises a ValueError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; give one of {', '.join(map(repr, choices))}.")

@@ -358,7 +358,9 @@ def write_video(
         av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         container.metadata.update({tag: str(value) for tag, value in (metadata or {}).items()})
-        stream = container.add_stream("libx264", rate=rate, pix_fmt="yuv420p", options={"crf": str(crf)})
+        # With macroblock trees, x264 encodes the same frames differently from run to run at some sizes.
+        options = {"crf": str(crf), "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=rate, pix_fmt="yuv420p", options=options)
         track = None if sound is None else _SoundTrack(container, *sound)
         count = 0
         for frame in frames:

@@ -14,16 +14,23 @@ from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from diffusers.pipelines.ltx2.utils import conditioning_frame_rate
 
 from .attention_processor import ReferenceAttention, is_first_generation
+from .audio import check_resampling
 from .denoising import Denoiser, TextContext
-from .guidance import GuidancePlan, GuidanceScales, IdentityGuidance
+from .guidance import GuidancePlan, GuidanceScales, IdentityGuidance, check_scale
 from .inputs import (
+    Clip,
+    check_choice,
     check_count,
+    check_frames,
+    check_given_once,
+    check_latents,
     check_positive,
     check_sigmas,
     count_prompts,
     identity_guider,
-    per_prompt,
+    read_conditions,
     read_images,
+    read_negative_prompts,
     read_prompts,
     read_references,
     split_latents,
@@ -244,9 +251,15 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         guider = identity_guider(identity_guidance_scale, identity_guidance)
         prompts = read_prompts(prompt)
         num_prompts = count_prompts(prompts, prompt_embeds, text_context)
-        negative_prompts = per_prompt("negative_prompt", negative_prompt or "", num_prompts)
+        negative_prompts = read_negative_prompts(negative_prompt, num_prompts)
         sigmas = None if sigmas is None else check_sigmas(sigmas)
         stg_blocks = self.default_stg_blocks(spatio_temporal_guidance_blocks, scales)
+        conditions = read_conditions(conditions)
+        check_given_once(image=image, image_latents=image_latents)
+        check_given_once(reference_audio=reference_audio, reference_latents=reference_latents)
+        if any(item.index == 0 for item in conditions) and (image is not None or image_latents is not None):
+            given = "image" if image_latents is None else "image_latents"
+            raise ValueError(f"`conditions` has a frame at index 0, where `{given}` stands; leave one of them out.")
         images = read_images(image, num_prompts)
         clips = read_references(reference_audio, reference_audio_sampling_rate, num_prompts)
         height, width, num_frames = self.default_size(height, width, num_frames, images, latents)
@@ -266,23 +279,28 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             audio_latents=audio_latents,
             text_context=text_context,
             negative_text_context=negative_text_context if scales.uses_text_guidance else None,
-            image=image,
-            image_latents=image_latents,
-            conditions=conditions,
-            reference_audio=reference_audio,
-            reference_latents=reference_latents,
+            clips=clips,
+            image_crf=image_crf,
             frame_rate=frame_rate,
             motion_speed=motion_speed,
             num_inference_steps=num_inference_steps,
             sigmas=sigmas,
+            noise_scale=noise_scale,
             num_videos_per_prompt=num_videos_per_prompt,
+            max_sequence_length=max_sequence_length,
             generator=generator,
             output_type=output_type,
             guidance_batching=guidance_batching,
             num_prompts=num_prompts,
         )
-        first_frames = split_latents("image_latents", image_latents, num_prompts, num_dims=5)
-        references = split_latents("reference_latents", reference_latents, num_prompts, num_dims=4)
+        _, *first_frame_size = self._latent_size(height, width, 1)
+        first_frames = split_latents(
+            "image_latents",
+            image_latents,
+            num_prompts,
+            (self.transformer.config.in_channels, 1, *first_frame_size),
+        )
+        references = split_latents("reference_latents", reference_latents, num_prompts, self._audio_latent_shape())
 
         self._keep_scales(scales)
         self._attention_kwargs = attention_kwargs
@@ -445,14 +463,13 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         motion_speed: float,
         num_inference_steps: int,
         sigmas: Sequence[float] | None,
+        noise_scale: float | None,
         num_videos_per_prompt: int,
+        max_sequence_length: int,
         text_context: TextContext | None,
         negative_text_context: TextContext | None,
-        image: Any,
-        image_latents: torch.Tensor | None,
-        conditions: LTX2VideoCondition | list[LTX2VideoCondition] | None,
-        reference_audio: Any,
-        reference_latents: Any,
+        clips: list[list[Clip]],
+        image_crf: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         guidance_batching: str | int,
@@ -466,61 +483,72 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         """
         for name, value in (("frame_rate", frame_rate), ("motion_speed", motion_speed)):
             check_positive(name, value)
-        check_count("num_inference_steps", num_inference_steps)
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_videos_per_prompt", num_videos_per_prompt),
+            ("max_sequence_length", max_sequence_length),
+            ("height", height),
+            ("width", width),
+        ):
+            check_count(name, value)
+        check_frames(num_frames, self.vae_temporal_compression_ratio)
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        if isinstance(guidance_batching, str):
+            check_choice("guidance_batching", guidance_batching, ("sequential", "packed"))
+        else:
+            check_count("guidance_batching", guidance_batching)
+        if noise_scale is not None:
+            check_scale("noise_scale", noise_scale)
+        if image_crf is not None and not (isinstance(image_crf, int) and 0 <= image_crf <= 51):
+            raise ValueError(f"`image_crf` is {image_crf!r}; give a whole number from 0 to 51, or `None`.")
         if num_inference_steps == 1 and sigmas is None and self.scheduler.config.get("shift_terminal"):
             raise ValueError(
                 "`num_inference_steps` is 1, and one step can't be stretched to the scheduler's `shift_terminal`; take"
                 " at least 2 steps, or give `sigmas`."
             )
-        check_count("num_videos_per_prompt", num_videos_per_prompt)
-        for name, value in (("height", height), ("width", width)):
-            check_count(name, value)
-        if num_frames is not None:
-            check_count("num_frames", num_frames)
-            ratio = self.vae_temporal_compression_ratio
-            if (num_frames - 1) % ratio:
-                below = (num_frames - 1) // ratio * ratio + 1
-                raise ValueError(
-                    f"`num_frames` is {num_frames}; give {ratio}k + 1 frames, for example {below} or {below + ratio}."
-                )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` is {output_type!r}; give one of 'pil', 'np', 'pt', 'latent'.")
-        if guidance_batching not in ("sequential", "packed"):
-            check_count("guidance_batching", guidance_batching)
-        for first, second in (
-            (("image", image), ("image_latents", image_latents)),
-            (("reference_audio", reference_audio), ("reference_latents", reference_latents)),
-        ):
-            if first[1] is not None and second[1] is not None:
-                raise ValueError(f"`{first[0]}` and `{second[0]}` are both given; leave one of them out.")
-        condition_list = [conditions] if isinstance(conditions, LTX2VideoCondition) else conditions or []
-        if (image is not None or image_latents is not None) and any(item.index == 0 for item in condition_list):
-            raise ValueError(
-                "`conditions` has one at index 0 and there is an `image`: give the first frame only once."
-            )
+        self._check_sequence_length(max_sequence_length)
+        for _, sampling_rate in (clip for row in clips for clip in row):
+            check_resampling(sampling_rate, self.audio_sampling_rate)
         if negative_text_context is not None and negative_text_context.batch_size != num_prompts:
             raise ValueError(
                 f"`negative_text_context` has {negative_text_context.batch_size} rows for {num_prompts} prompts; give"
                 " one row for each."
             )
         num_rows = num_prompts * num_videos_per_prompt
+        generators = generator if isinstance(generator, list) else []
         if isinstance(generator, list) and len(generator) != num_rows:
             raise ValueError(f"`generator` is a list of {len(generator)} for {num_rows} videos; give one for each.")
-        for name, value in (("latents", latents), ("audio_latents", audio_latents)):
-            if value is not None and value.shape[0] != num_rows:
-                raise ValueError(f"`{name}` has {value.shape[0]} rows for {num_rows} videos; give one for each.")
+        for item in generators or [generator]:
+            if item is not None and not isinstance(item, torch.Generator):
+                raise ValueError(f"`generator` holds a {type(item).__name__}; give a `torch.Generator`.")
+        check_latents("latents", latents, (num_rows, self.transformer.config.in_channels, None, None, None))
+        check_latents("audio_latents", audio_latents, (num_rows, *self._audio_latent_shape()))
         super().check_inputs(
             # diffusers knows nothing of a finished context, and would ask for a prompt.
             prompt=[""] * num_prompts if text_context is not None else prompt,
             height=height,
             width=width,
             num_frames=num_frames,
-            latents=latents,
-            audio_latents=audio_latents,
             stg_scale=0.0,
             audio_stg_scale=0.0,
             **shared,
         )
+
+    def _check_sequence_length(self, max_sequence_length: int) -> None:
+        config = self.connectors.config
+        for num_registers in (
+            config.video_connector_num_learnable_registers,
+            config.audio_connector_num_learnable_registers,
+        ):
+            if num_registers is not None and max_sequence_length % num_registers:
+                raise ValueError(
+                    f"`max_sequence_length` is {max_sequence_length}; give a multiple of the text connectors'"
+                    f" {num_registers} registers."
+                )
+
+    def _audio_latent_shape(self) -> tuple[int, None, int]:
+        """Channels, any length, and mel bins of audio latents."""
+        return self.audio_latent_channels, None, self.audio_mel_bins // self.audio_vae_mel_compression_ratio
 
     def default_size(
         self,
@@ -536,7 +564,7 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         """
         if (height is None) != (width is None):
             raise ValueError(f"`height` is {height} and `width` is {width}; give both or neither.")
-        if latents is not None and latents.ndim == 5:
+        if isinstance(latents, torch.Tensor) and latents.ndim == 5:
             sizes = [size * self.vae_spatial_compression_ratio for size in latents.shape[3:]]
             frames = (latents.shape[2] - 1) * self.vae_temporal_compression_ratio + 1
             if height is not None and [height, width] != sizes or num_frames not in (None, frames):
@@ -557,6 +585,8 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         num_blocks = self.transformer.config.num_layers
         if blocks is None:
             return (min(RECIPE_STG_BLOCK, num_blocks - 1),)
+        if not isinstance(blocks, (list, tuple)):
+            raise ValueError(f"`spatio_temporal_guidance_blocks` is {blocks!r}; give a list of block numbers.")
         if scales.uses_stg and not blocks:
             raise ValueError(
                 f"`spatio_temporal_guidance_blocks` is {blocks}; name at least one block, or set `stg_scale` to 0."

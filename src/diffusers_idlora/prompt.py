@@ -77,7 +77,7 @@ def prompt_text(prompt: "str | IDLoRAPrompt") -> str:
     if isinstance(prompt, IDLoRAPrompt):
         return str(prompt)
     if not isinstance(prompt, str):
-        raise ValueError(f"`prompt` is a {type(prompt).__name__}; give a string or an `IDLoRAPrompt`.")
+        raise ValueError(f"`prompt` is of the type {type(prompt).__name__}; give a string or an `IDLoRAPrompt`.")
     if not prompt.strip():
         raise ValueError(f"`prompt` is {prompt!r}; say what is seen, said and heard.")
     if _TAG.search(prompt):

@@ -80,7 +80,7 @@ def tiny_components(family: str = "ltx-2.3", seed: int = 0) -> dict[str, object]
     Raises:
         ValueError: If `family` is unknown.
     """
-    family = _normalize_family(family)
+    family = normalize_family(family)
     with torch.random.fork_rng(devices=[]):
         # Not `torch.manual_seed`: that would also reseed the accelerators, which `devices=[]` does not restore.
         torch.default_generator.manual_seed(seed)
@@ -123,7 +123,7 @@ def save_tiny_checkpoint(directory: str | os.PathLike, family: str = "ltx-2.3", 
     Raises:
         ValueError: If `family` is unknown or `directory` exists and is not an empty folder.
     """
-    family = _normalize_family(family)
+    family = normalize_family(family)
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise ValueError(
@@ -197,7 +197,8 @@ def save_tiny_adapter(
     return path
 
 
-def _normalize_family(family: str) -> str:
+def normalize_family(family: str) -> str:
+    """One of `FAMILIES` for any accepted spelling of it; another one is a ValueError."""
     if family not in _FAMILY_SPELLINGS:
         raise ValueError(f"`family` is {family!r}: choose one of {', '.join(map(repr, _FAMILY_SPELLINGS))}.")
     return _FAMILY_SPELLINGS[family]
