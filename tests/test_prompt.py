@@ -126,5 +126,5 @@ def test_an_empty_text_is_an_error_that_shows_it(text):
 
 @pytest.mark.parametrize("prompt", [None, 5, b"a desk", ("a", "b")])
 def test_anything_but_a_text_or_a_prompt_is_an_error_that_names_its_type(prompt):
-    with pytest.raises(ValueError, match=f"`prompt` is an? {type(prompt).__name__}"):
+    with pytest.raises(ValueError, match=f"`prompt` is of the type {type(prompt).__name__}"):
         prompt_text(prompt)
