@@ -1,0 +1,1 @@
+"""Training an ID-LoRA: the step as pure functions, data, checkpoints, publishing."""
