@@ -506,7 +506,13 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
                 "`num_inference_steps` is 1, and one step can't be stretched to the scheduler's `shift_terminal`; take"
                 " at least 2 steps, or give `sigmas`."
             )
-        self._check_sequence_length(max_sequence_length)
+        if text_context is None:
+            self._check_sequence_length(max_sequence_length)
+        if num_frames is not None and audio_latents is None and self.audio_length(num_frames, frame_rate) < 1:
+            raise ValueError(
+                f"`num_frames` is {num_frames} at a `frame_rate` of {frame_rate}, too short for any sound; give more"
+                " frames."
+            )
         for _, sampling_rate in (clip for row in clips for clip in row):
             check_resampling(sampling_rate, self.audio_sampling_rate)
         if negative_text_context is not None and negative_text_context.batch_size != num_prompts:

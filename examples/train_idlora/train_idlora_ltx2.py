@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["diffusers-idlora[train]"]
+# ///
+"""
+Train an ID-LoRA for LTX-2 or LTX-2.3 on clips that prepare_dataset.py prepared.
+
+Run it with `accelerate launch train_idlora_ltx2.py --config configs/celebvhq.yaml --instance_data_root FOLDER`;
+`--help` lists every option.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from diffusers_idlora.training.arguments import parse_arguments
+from diffusers_idlora.training.finish import finish
+from diffusers_idlora.training.trainer import BadSteps, Trainer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a training from its command line; returns the exit code."""
+    try:
+        trainer = Trainer(parse_arguments(arguments))
+        trainer.check_hub()
+        trainer.load_model()
+        trainer.run()
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except (BadSteps, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    if trainer.was_stopped:
+        return 0
+    videos = trainer.validate()
+    if trainer.accelerator.is_main_process:
+        finish(trainer, videos)
+    trainer.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

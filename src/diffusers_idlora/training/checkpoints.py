@@ -1,0 +1,173 @@
+"""Checkpoints that appear whole or not at all, and are checked before they are believed."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging
+
+from ..media import file_sha256
+
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "trainer_state.json"
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The checkpoint folders of a run, the oldest first; unfinished ones are under other names."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if _FOLDER.fullmatch(path.name)]
+    return sorted((path for path in folders if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(
+    output_dir: str | os.PathLike,
+    step: int,
+    state: Mapping[str, Any],
+    write: Callable[[Path], None],
+    *,
+    is_main_process: bool = True,
+    wait: Callable[[], None] = lambda: None,
+    total_limit: int | None = None,
+) -> Path:
+    """
+    Writes a checkpoint beside the others and renames it when it is complete; older ones are removed only after that.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The run's folder.
+        step (`int`): Optimizer steps done.
+        state (`Mapping[str, Any]`): What the trainer needs to go on, as JSON.
+        write (`Callable[[Path], None]`): Writes everything else into a folder; called by every process.
+        is_main_process (`bool`, defaults to `True`): Whether this process finishes the checkpoint.
+        wait (`Callable[[], None]`, *optional*): Waits for all processes.
+        total_limit (`int`, *optional*): Keep at most this many.
+
+    Returns:
+        `pathlib.Path`: The checkpoint's folder.
+
+    Raises:
+        OSError: If it can't be written; what was there before is untouched.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    unfinished = Path(output_dir) / f".unfinished-checkpoint-{step}"
+    if is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    wait()
+    try:
+        write(unfinished)
+        wait()
+        if is_main_process:
+            files = {
+                path.relative_to(unfinished).as_posix(): file_sha256(path)
+                for path in sorted(unfinished.rglob("*"))
+                if path.is_file()
+            }
+            text = json.dumps({**state, "step": step, "files": files}, indent=2)
+            (unfinished / STATE_NAME).write_text(text + "\n", "utf-8")
+            _replace_folder(unfinished, final)
+    except BaseException:
+        if is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    wait()
+    if is_main_process and total_limit is not None:
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    # A folder can't be renamed onto another one that holds files.
+    if target.exists():
+        old = target.with_name(f".replaced-{target.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+        os.replace(source, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(source, target)
+
+
+def read_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
+    """
+    The trainer's state in a checkpoint, after checking that every file of it is as it was written.
+
+    Raises:
+        ValueError: If a file is missing or changed.
+    """
+    folder = Path(folder)
+    try:
+        state = json.loads((folder / STATE_NAME).read_text("utf-8"))
+        files = state["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`resume_from_checkpoint` {str(folder)!r} is no complete checkpoint ({type(error).__name__}); take"
+            " another."
+        ) from error
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file() or file_sha256(path) != digest:
+            raise ValueError(
+                f"`resume_from_checkpoint` {str(folder)!r} is damaged: {name!r} is missing or changed; take another."
+            )
+    return state
+
+
+def find_checkpoint(output_dir: str | os.PathLike, wanted: str | None) -> tuple[Path, dict[str, Any]] | None:
+    """
+    The checkpoint to go on from, with its state.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): The run's folder.
+        wanted (`str`, *optional*):
+            A folder, a name within `output_dir`, or `"latest"`: the newest that is whole; broken ones are passed over
+            with a warning.
+
+    Returns:
+        Folder and state, or `None` to start afresh.
+
+    Raises:
+        ValueError: If the folder asked for is missing or broken.
+    """
+    if wanted is None:
+        return None
+    if wanted != "latest":
+        folder = Path(wanted) if Path(wanted).is_dir() else Path(output_dir) / wanted
+        if not folder.is_dir():
+            raise ValueError(
+                f"`resume_from_checkpoint` is {wanted!r}, where there is no folder; give one, or 'latest'."
+            )
+        return folder, read_checkpoint(folder)
+    for folder in reversed(list_checkpoints(output_dir)):
+        try:
+            return folder, read_checkpoint(folder)
+        except ValueError as error:
+            logger.warning(f"{error} Trying an older one.")
+    return None
+
+
+def check_same_run(state: Mapping[str, Any], fixed: Mapping[str, Any], fingerprint: str) -> None:
+    """
+    Raises a ValueError if a checkpoint is of a run with other settings or other data.
+
+    Args:
+        state (`Mapping[str, Any]`): Of the checkpoint.
+        fixed (`Mapping[str, Any]`): The settings that must be the same.
+        fingerprint (`str`): Of the data.
+    """
+    before = state["fixed"]
+    names = [name for name, value in fixed.items() if before.get(name) != value]
+    changed = [f"{name} {before.get(name)!r} -> {fixed[name]!r}" for name in names]
+    if state["data_fingerprint"] != fingerprint:
+        changed.append("the data")
+    if changed:
+        raise ValueError(
+            f"`resume_from_checkpoint` is of a run with other settings ({'; '.join(changed)}); give the same ones, or"
+            " start a run in another `output_dir`."
+        )

@@ -1,0 +1,484 @@
+"""The training loop: everything that a step is made of lies in pure functions; here are devices, files and logs."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import LTX2VideoTransformer3DModel
+from diffusers.optimization import get_scheduler
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.utils import logging
+from peft import LoraConfig, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..attention_processor import ReferenceAttention
+from ..lora import check_adapter, load_adapter, to_diffusers_keys
+from ..media import read_video, replaced_when_complete
+from .arguments import TrainingArguments
+from .batches import BatchOrder, SampleDraw, collate
+from .checkpoints import check_same_run, find_checkpoint, save_checkpoint
+from .hub import check_hub_access
+from .objective import Objective
+from .original_format import OriginalFormatFolder
+from .samples import SampleFolder, TrainingSample
+from .validation import load_validation_pipeline, validation_losses, validation_videos
+
+
+logger = logging.get_logger(__name__)
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ADAPTER_STATE_NAME = "adapter.safetensors"
+LOSS_COLUMNS = ("step", "loss", "video_loss", "audio_loss", "learning_rate", "gradient_norm", "seconds")
+
+
+class BadSteps(RuntimeError):
+    """Too many steps whose loss or gradient was not finite."""
+
+
+class Trainer:
+    """
+    A training run.
+
+    Args:
+        arguments (`TrainingArguments`): What to do.
+
+    Raises:
+        ValueError: On settings or data that can't work, before the model is loaded.
+    """
+
+    def __init__(self, arguments: TrainingArguments):
+        self.arguments = arguments
+        self.objective = Objective(
+            arguments.mask_video_from_reference, arguments.mask_reference_from_text, arguments.audio_loss_weight
+        )
+        self.weight_dtype = WEIGHT_DTYPES[arguments.mixed_precision]
+        self.output_dir = Path(arguments.output_dir)
+        self.samples, self.held_out = load_samples(arguments)
+        self.resumed = find_checkpoint(self.output_dir, arguments.resume_from_checkpoint)
+        if self.resumed is not None:
+            check_same_run(self.resumed[1], arguments.fixed, self.samples.fingerprint)
+        self.accelerator = Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            log_with=arguments.report_to,
+            project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
+            step_scheduler_with_optimizer=False,
+        )
+        self.step = 0
+        self.bad_steps = 0
+        self._stop_requested = threading.Event()
+        self._validation_pipeline = None
+        self._validated_step, self._videos = None, []
+
+    def check_hub(self) -> None:
+        """Raises a ValueError if the run is to be published and the Hub would not take it."""
+        arguments = self.arguments
+        if (arguments.push_to_hub or arguments.push_checkpoints) and self.accelerator.is_main_process:
+            repository = arguments.hub_model_id or self.output_dir.name
+            check_hub_access(repository, arguments.hub_token, private=arguments.hub_private_repo)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of one forward over all processes."""
+        return self.arguments.train_batch_size * self.accelerator.num_processes
+
+    def load_model(self) -> None:
+        """Loads the transformer, adds the LoRA in float32 and prepares optimizer and schedule."""
+        arguments = self.arguments
+        set_seed(arguments.seed)
+        self.transformer = load_transformer(arguments, self.weight_dtype)
+        self._check_latents()
+        add_lora(self.transformer, arguments)
+        if arguments.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.transformer.to(self.accelerator.device)
+        if arguments.compile:
+            self.transformer.compile_repeated_blocks(fullgraph=True)
+        self.parameters = [item for item in self.transformer.parameters() if item.requires_grad]
+        optimizer = make_optimizer(self.parameters, arguments)
+        schedule = get_scheduler(
+            arguments.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=arguments.lr_warmup_steps,
+            num_training_steps=arguments.max_train_steps,
+        )
+        self.accelerator.register_save_state_pre_hook(self._save_adapter_state)
+        self.accelerator.register_load_state_pre_hook(self._load_adapter_state)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.transformer, optimizer, schedule)
+        self.model.train()
+        if arguments.report_to is not None:
+            settings = {name: value for name, value in dataclasses.asdict(arguments).items() if name != "hub_token"}
+            self.accelerator.init_trackers("train-id-lora", {name: str(value) for name, value in settings.items()})
+
+    def _check_latents(self) -> None:
+        sample, config = self.samples[0], self.transformer.config
+        features = sample.audio_latents.shape[0] * sample.audio_latents.shape[2]
+        found = (sample.video_latents.shape[0], features)
+        wanted = (config.in_channels, config.audio_in_channels)
+        if found != wanted:
+            raise ValueError(
+                f"`instance_data_root` has latents of {found[0]} video channels and {found[1]} audio features, but"
+                f" `pretrained_model_name_or_path` takes {wanted[0]} and {wanted[1]}; prepare the data with this base."
+            )
+
+    def _save_adapter_state(self, models: list, weights: list, folder: str) -> None:
+        # The base never changes, so only the adapter is kept; popped weights are not saved by accelerate.
+        weights.clear()
+        if self.accelerator.is_main_process:
+            state = {key: value.cpu() for key, value in get_peft_model_state_dict(self.transformer).items()}
+            save_file(state, Path(folder) / ADAPTER_STATE_NAME)
+
+    def _load_adapter_state(self, models: list, folder: str) -> None:
+        models.clear()
+        state = load_file(Path(folder) / ADAPTER_STATE_NAME)
+        mismatch = set_peft_model_state_dict(self.transformer, state)
+        if mismatch.unexpected_keys:
+            raise ValueError(
+                f"`resume_from_checkpoint` {folder!r} has weights for modules that this run does not adapt, such as"
+                f" {mismatch.unexpected_keys[0]!r}; give the run's own `target_modules`."
+            )
+
+    def run(self) -> None:
+        """Trains to the last step, or until the process is asked to stop; then saves and returns."""
+        arguments = self.arguments
+        if self.resumed is not None:
+            folder, state = self.resumed
+            self.accelerator.load_state(str(folder))
+            self.step, self.bad_steps = state["step"], state["bad_steps"]
+            logger.info(f"Going on from {folder} at step {self.step}.")
+        previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        log = LossLog(self.output_dir / "loss.csv", self.step) if self.accelerator.is_main_process else None
+        batches = self._batches(self.step * arguments.gradient_accumulation_steps)
+        try:
+            with (
+                ReferenceAttention(self.transformer) as attention,
+                tqdm(
+                    total=arguments.max_train_steps,
+                    initial=self.step,
+                    desc="Training",
+                    disable=not self.accelerator.is_local_main_process,
+                ) as bar,
+            ):
+                while self.step < arguments.max_train_steps and not self._stop_requested_anywhere():
+                    started = time.monotonic()
+                    row = self._train_step(attention, batches)
+                    self.step += 1
+                    row |= {"step": self.step, "seconds": time.monotonic() - started}
+                    if log is not None:
+                        log.write(row)
+                    self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
+                    bar.update()
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['learning_rate']:.2e}")
+                    if self.step % arguments.checkpointing_steps == 0:
+                        self.save()
+                    if arguments.validation_steps and self.step % arguments.validation_steps == 0:
+                        self.validate(attention)
+            if self.step % arguments.checkpointing_steps:
+                self.save()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            if log is not None:
+                log.close()
+
+    def _batches(self, start: int) -> Iterator:
+        """The part of this process of the batches from number `start` on, on its device."""
+        order = BatchOrder(self.samples.shapes, self.global_batch_size, self.arguments.seed)
+        first = self.accelerator.process_index * self.arguments.train_batch_size
+        rows = range(first, first + self.arguments.train_batch_size)
+        for number, indices in enumerate(order.batches_from(start), start=start):
+            yield collate(
+                [self.samples[indices[row]] for row in rows],
+                [SampleDraw.of(self.arguments.seed, number, row) for row in rows],
+                self.transformer.audio_rope,
+                self.accelerator.device,
+                self.weight_dtype,
+                self.arguments.reference_dropout,
+                self.arguments.first_frame_conditioning_p,
+            )
+
+    def _train_step(self, attention: ReferenceAttention, batches: Iterator) -> dict[str, float]:
+        """One optimizer step; a loss or gradient that is not finite leaves the weights as they were."""
+        accumulation = self.arguments.gradient_accumulation_steps
+        sums = torch.zeros(3, device=self.accelerator.device)
+        for micro_step in range(accumulation):
+            batch, noise = next(batches)
+            # Gradients are exchanged between processes with the last part only.
+            last = micro_step == accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.objective(self.model, attention, batch, noise)
+                self.accelerator.backward(loss.total / accumulation)
+            parts = torch.stack([loss.total, loss.video.mean(), loss.audio.mean()]).detach().float()
+            sums += parts / accumulation
+        sums = self.accelerator.reduce(sums, reduction="mean")
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.arguments.max_grad_norm)
+        learning_rate = self.schedule.get_last_lr()[0]
+        # With fp16 the loss scaler finds infinite gradients by itself, skips the step and lowers its scale.
+        scaled = self.accelerator.scaler is not None
+        finite = bool(torch.isfinite(sums).all()) and (scaled or math.isfinite(norm))
+        if finite or scaled:
+            self.optimizer.step()
+        if not finite:
+            self._count_bad_step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        total, video, audio = sums.tolist()
+        return {
+            "loss": total,
+            "video_loss": video,
+            "audio_loss": audio,
+            "learning_rate": learning_rate,
+            "gradient_norm": float(norm),
+        }
+
+    def _count_bad_step(self) -> None:
+        self.bad_steps += 1
+        logger.warning(f"Step {self.step + 1} is skipped: loss or gradient is not finite ({self.bad_steps} so far).")
+        if self.bad_steps >= self.arguments.max_bad_steps:
+            raise BadSteps(
+                f"{self.bad_steps} steps had a loss or gradient that is not finite; lower `learning_rate`, or use"
+                " `mixed_precision` bf16 or no. The last checkpoint is intact."
+            )
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the run was asked to stop before its last step."""
+        return self.step < self.arguments.max_train_steps
+
+    def validate(self, attention: ReferenceAttention | None = None) -> list[Path]:
+        """
+        Logs losses on held-out samples, with and without the reference, and writes their videos.
+
+        Args:
+            attention (`ReferenceAttention`, *optional*): The processors installed on the model, if they are.
+
+        Returns:
+            `list[pathlib.Path]`: The videos; none without `validation_steps` or held-out samples.
+        """
+        arguments = self.arguments
+        if not arguments.validation_steps or self.held_out is None:
+            return []
+        if self._validated_step == self.step:
+            return self._videos
+        videos = []
+        if self.accelerator.is_main_process:
+            samples = [self.held_out[i] for i in range(min(arguments.num_validation_samples, len(self.held_out)))]
+            with nullcontext(attention) if attention else ReferenceAttention(self.transformer) as installed:
+                losses = validation_losses(
+                    installed, self.objective, samples, self.accelerator.device, self.weight_dtype
+                )
+            self.accelerator.log(losses, step=self.step)
+            append_json_line(self.output_dir / "validation.jsonl", {"step": self.step, **losses})
+            if arguments.validation_inference_steps:
+                videos = self._validation_videos(samples)
+        self._validated_step, self._videos = self.step, videos
+        self.accelerator.wait_for_everyone()
+        return videos
+
+    def _validation_videos(self, samples: list[TrainingSample]) -> list[Path]:
+        arguments = self.arguments
+        if self._validation_pipeline is None:
+            self._validation_pipeline = load_validation_pipeline(
+                arguments.pretrained_model_name_or_path, self.transformer, self.weight_dtype, arguments.revision
+            )
+        videos = validation_videos(
+            self._validation_pipeline,
+            samples,
+            self.output_dir / "validation" / f"step-{self.step}",
+            arguments.validation_inference_steps,
+            identity_guidance_scale=3.0,
+        )
+        log_videos(self.accelerator, videos, self.step)
+        return videos
+
+    def end(self) -> None:
+        """Closes trackers and waits for all processes."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the current step."""
+        return save_checkpoint(
+            self.output_dir,
+            self.step,
+            {
+                "fixed": self.arguments.fixed,
+                "data_fingerprint": self.samples.fingerprint,
+                "bad_steps": self.bad_steps,
+                "num_processes": self.accelerator.num_processes,
+            },
+            lambda folder: self.accelerator.save_state(str(folder), safe_serialization=True),
+            is_main_process=self.accelerator.is_main_process,
+            wait=self.accelerator.wait_for_everyone,
+            total_limit=self.arguments.checkpoints_total_limit,
+        )
+
+    def _request_stop(self, number: int, frame: object) -> None:
+        logger.warning(f"Asked to stop ({signal.Signals(number).name}): saving after this step.")
+        self._stop_requested.set()
+
+    def _stop_requested_anywhere(self) -> bool:
+        # All processes must leave the loop at the same step, or the others would wait for ever.
+        asked = torch.tensor(float(self._stop_requested.is_set()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+
+
+def load_samples(arguments: TrainingArguments) -> tuple[Dataset, Dataset | None]:
+    """The samples to train on and, if there are any, those held out for validation."""
+    if arguments.precomputed_format == "original":
+        connectors = LTX2TextConnectors.from_pretrained(
+            arguments.pretrained_model_name_or_path, subfolder="connectors", revision=arguments.revision
+        )
+        return OriginalFormatFolder(arguments.instance_data_root, connectors), None
+    samples = SampleFolder(arguments.instance_data_root, split="train")
+    held_out = None
+    if arguments.validation_steps:
+        try:
+            held_out = SampleFolder(arguments.instance_data_root, split="validation")
+        except ValueError as error:
+            raise ValueError(
+                f"`validation_steps` is {arguments.validation_steps}, but {error} Prepare the data with"
+                " `--validation_speakers`, or leave `validation_steps` out."
+            ) from error
+    return samples, held_out
+
+
+def append_json_line(path: Path, row: dict) -> None:
+    """Appends a row to a JSON Lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def log_videos(accelerator: Accelerator, videos: list[Path], step: int) -> None:
+    """Hands validation videos to the trackers: pictures and sound to TensorBoard, whole files to the others."""
+    for tracker in accelerator.trackers:
+        for index, path in enumerate(videos):
+            name = f"validation/{index}"
+            if tracker.name == "tensorboard":
+                frames, _, sound, sampling_rate = read_video(path)
+                tracker.writer.add_images(name, frames[:: max(1, len(frames) // 4)], step, dataformats="NHWC")
+                if sound is not None:
+                    tracker.writer.add_audio(name, sound.mean(dim=0), step, sample_rate=sampling_rate)
+            elif tracker.name in ("wandb", "trackio"):
+                video_class = __import__(tracker.name).Video
+                tracker.log({name: video_class(str(path))}, step=step)
+
+
+def load_transformer(arguments: TrainingArguments, dtype: torch.dtype) -> LTX2VideoTransformer3DModel:
+    """The frozen base transformer of a checkpoint in diffusers layout."""
+    try:
+        transformer = LTX2VideoTransformer3DModel.from_pretrained(
+            arguments.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=arguments.revision,
+            variant=arguments.variant,
+            torch_dtype=dtype,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is {arguments.pretrained_model_name_or_path!r}, from which no"
+            f" transformer could be loaded ({str(error).splitlines()[0]}); give a checkpoint in diffusers layout."
+        ) from error
+    return transformer.requires_grad_(False)
+
+
+def add_lora(transformer: LTX2VideoTransformer3DModel, arguments: TrainingArguments) -> None:
+    """Adds the trainable LoRA, its weights in float32 whatever the base is in."""
+    init = arguments.init_lora_weights
+    config = LoraConfig(
+        r=arguments.rank,
+        lora_alpha=arguments.rank if arguments.lora_alpha is None else arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.target_modules,
+        use_dora=arguments.use_dora,
+        init_lora_weights=True if init == "default" else init,
+    )
+    try:
+        transformer.add_adapter(config)
+    except ValueError as error:
+        raise ValueError(
+            f"`target_modules` {arguments.target_modules!r} fits no module of the transformer, or not with these LoRA"
+            f" options ({str(error).splitlines()[0]})."
+        ) from error
+    if arguments.lora_path is not None:
+        state_dict, metadata = load_adapter(arguments.lora_path, name="lora_path")
+        check_adapter(state_dict, metadata, transformer, name="lora_path")
+        state = {key.removeprefix("transformer."): value for key, value in to_diffusers_keys(state_dict).items()}
+        mismatch = set_peft_model_state_dict(transformer, state)
+        if mismatch.unexpected_keys:
+            raise ValueError(
+                f"`lora_path` {arguments.lora_path!r} adapts {mismatch.unexpected_keys[0]!r}, which `target_modules`"
+                " does not; make them agree."
+            )
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], arguments: TrainingArguments) -> torch.optim.Optimizer:
+    """The optimizer of a run; the 8-bit one and Prodigy need packages of their own."""
+    options = {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+        "weight_decay": arguments.adam_weight_decay,
+    }
+    if arguments.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    package, name = {"adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"), "prodigy": ("prodigyopt", "Prodigy")}[
+        arguments.optimizer
+    ]
+    try:
+        module = __import__(package, fromlist=[name])
+    except ImportError as error:
+        raise ValueError(
+            f"`optimizer` {arguments.optimizer!r} needs a package that is not installed: pip install"
+            f" {package.split('.')[0]}."
+        ) from error
+    return getattr(module, name)(parameters, **options)
+
+
+class LossLog:
+    """
+    `loss.csv`: one row for each step. Rows after `step`, of a run that was broken off, are dropped.
+
+    Args:
+        path (`pathlib.Path`): The file.
+        step (`int`): Steps that are already done.
+    """
+
+    def __init__(self, path: Path, step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if step and path.is_file():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if row.get("seconds") and int(row["step"]) <= step]
+        with replaced_when_complete(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, LOSS_COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+        self._file = path.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, LOSS_COLUMNS)
+
+    def write(self, row: dict[str, float]) -> None:
+        """Appends a row and hands it to the system at once."""
+        self._writer.writerow(row)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

@@ -1,0 +1,341 @@
+"""Training runs as users start them: the same weights whatever happens to the process, and nothing lost."""
+
+import csv
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from conftest import families
+from diffusers_idlora import LTX2IDLoRAPipeline
+from diffusers_idlora.training.arguments import parse_arguments
+from diffusers_idlora.training.checkpoints import list_checkpoints, read_checkpoint, save_checkpoint
+from diffusers_idlora.training.finish import finish
+from diffusers_idlora.training.trainer import ADAPTER_STATE_NAME, BadSteps, Trainer
+from training_run import SCRIPT, make_samples, options
+
+
+@pytest.fixture(scope="module")
+def data(tiny_checkpoint, tmp_path_factory):
+    """Prepared folders by family."""
+    return {
+        family: make_samples(tmp_path_factory.mktemp("data"), tiny_checkpoint(family))
+        for family in ("ltx-2", "ltx-2.3")
+    }
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps precision and processes for the life of a process; every run here is one of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(tiny_checkpoint, data, output, family="ltx-2.3", **changed):
+    trainer = Trainer(parse_arguments(options(tiny_checkpoint(family), data[family], output, **changed)))
+    trainer.load_model()
+    trainer.run()
+    return trainer
+
+
+def launch(arguments, *, processes=1, **popen):
+    """The training script as a running process, or as several."""
+    launcher = [sys.executable]
+    if processes > 1:
+        # On CPUs `accelerate launch` starts several processes through MPI only; torch's launcher does without it.
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([*launcher, str(SCRIPT), *arguments], env=environment, text=True, **popen)
+
+
+def adapter_of(output, step=6):
+    return load_file(output / f"checkpoint-{step}" / ADAPTER_STATE_NAME)
+
+
+def assert_equal_adapters(first, second):
+    assert first.keys() == second.keys() and first
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def losses_of(output):
+    with (output / "loss.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_checkpoint, data, tmp_path_factory):
+    """The output of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("straight")
+    train(tiny_checkpoint, data, output)
+    return output
+
+
+# Resuming
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_uninterrupted_one(
+    tiny_checkpoint, data, straight, tmp_path
+):
+    arguments = options(tiny_checkpoint(), data["ltx-2.3"], tmp_path, resume_from_checkpoint="latest")
+    moments = random.Random(0)
+    for _ in range(2):
+        process = launch(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        rows = tmp_path / "loss.csv"
+        deadline = time.monotonic() + 120
+        # Killed somewhere within the steps, not while the interpreter starts.
+        while not (rows.is_file() and len(rows.read_text().splitlines()) > 2) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(moments.random() * 0.1)
+        process.kill()
+        process.wait()
+        shutil.rmtree(tmp_path / "checkpoint-6", ignore_errors=True)
+    process = launch(arguments)
+    assert process.wait(timeout=120) == 0
+    assert_equal_adapters(adapter_of(tmp_path), adapter_of(straight))
+    assert losses_of(tmp_path) == losses_of(straight)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_well_and_the_run_goes_on_from_there(tiny_checkpoint, data, straight, tmp_path):
+    # As many steps as never end within the test; the schedule is constant so that the number does not matter.
+    arguments = options(
+        tiny_checkpoint(), data["ltx-2.3"], tmp_path, max_train_steps=100000, checkpointing_steps=100000
+    )
+    process = launch(arguments, stderr=subprocess.PIPE)
+    rows = tmp_path / "loss.csv"
+    deadline = time.monotonic() + 120
+    while not (rows.is_file() and len(rows.read_text().splitlines()) > 3) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    (checkpoint,) = list_checkpoints(tmp_path)
+    step = read_checkpoint(checkpoint)["step"]
+    assert step == len(losses_of(tmp_path)) >= 3
+
+
+def test_resuming_equals_running_through_with_dropout_and_accumulation(tiny_checkpoint, data, tmp_path):
+    changed = {"lora_dropout": 0.2, "gradient_accumulation_steps": 2, "reference_dropout": 0.5}
+    train(tiny_checkpoint, data, tmp_path / "a", **changed)
+    train(tiny_checkpoint, data, tmp_path / "b", **changed)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "b" / f"checkpoint-{step}")
+    train(tiny_checkpoint, data, tmp_path / "b", **changed, resume_from_checkpoint="latest")
+    assert_equal_adapters(adapter_of(tmp_path / "a"), adapter_of(tmp_path / "b"))
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+
+
+def test_latest_passes_over_a_broken_checkpoint_with_a_warning(tiny_checkpoint, data, straight, tmp_path, caplog):
+    shutil.copytree(straight, tmp_path / "run")
+    broken = tmp_path / "run" / "checkpoint-6" / ADAPTER_STATE_NAME
+    broken.write_bytes(broken.read_bytes()[:100])
+    trainer = train(tiny_checkpoint, data, tmp_path / "run", resume_from_checkpoint="latest")
+    assert "checkpoint-6" in caplog.text and "damaged" in caplog.text
+    assert trainer.resumed[0].name == "checkpoint-4"
+    assert_equal_adapters(adapter_of(tmp_path / "run"), adapter_of(straight))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"seed": 7}, "seed 42 -> 7"), ({"rank": 8}, "rank 4 -> 8"), ({"learning_rate": 0.5}, "learning_rate")],
+)
+def test_a_checkpoint_of_another_run_is_refused_before_the_model_loads(
+    tiny_checkpoint, data, straight, changed, named
+):
+    arguments = options(tiny_checkpoint(), data["ltx-2.3"], straight, resume_from_checkpoint="latest", **changed)
+    with pytest.raises(ValueError, match=named):
+        Trainer(parse_arguments(arguments))
+
+
+def test_other_data_are_refused_on_resume(tiny_checkpoint, straight, tmp_path):
+    other = make_samples(tmp_path, tiny_checkpoint(), count=4)
+    with pytest.raises(ValueError, match="the data"):
+        Trainer(parse_arguments(options(tiny_checkpoint(), other, straight, resume_from_checkpoint="latest")))
+
+
+# Checkpoints
+
+
+def test_only_so_many_checkpoints_are_kept(tiny_checkpoint, data, tmp_path):
+    train(tiny_checkpoint, data, tmp_path, checkpoints_total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(tmp_path):
+    def write(folder):
+        (folder / "weights").write_text("1")
+
+    def fail(folder):
+        (folder / "weights").write_text("2")
+        raise OSError(28, "No space left on device")
+
+    save_checkpoint(tmp_path, 2, {"bad_steps": 0}, write)
+    for step in (2, 4):
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint(tmp_path, step, {"bad_steps": 0}, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert read_checkpoint(tmp_path / "checkpoint-2")["step"] == 2
+    assert (tmp_path / "checkpoint-2" / "weights").read_text() == "1"
+
+
+def test_a_checkpoint_holds_the_adapter_and_not_the_base(straight):
+    names = {path.name for path in (straight / "checkpoint-6").iterdir()}
+    assert names == {ADAPTER_STATE_NAME, "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "trainer_state.json"}
+    assert all("lora_" in key for key in adapter_of(straight))
+
+
+# Steps that go wrong
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_counted(tiny_checkpoint, data, tmp_path, caplog):
+    folder = shutil.copytree(data["ltx-2.3"], tmp_path / "data")
+    path = folder / "samples" / "0000.safetensors"
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["audio_latents"].fill_(torch.nan)
+    save_file(tensors, path, metadata)
+    trainer = train(tiny_checkpoint, {"ltx-2.3": folder}, tmp_path / "out")
+    assert 1 <= trainer.bad_steps < 6 and "skipped" in caplog.text
+    assert all(value.isfinite().all() for value in adapter_of(tmp_path / "out").values())
+    with pytest.raises(BadSteps, match="learning_rate"):
+        train(tiny_checkpoint, {"ltx-2.3": folder}, tmp_path / "stopped", max_bad_steps=1)
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_with_twice_the_batch(tiny_checkpoint, data, tmp_path):
+    train(tiny_checkpoint, data, tmp_path / "one", train_batch_size=2, reference_dropout=0.3)
+    arguments = options(
+        tiny_checkpoint(), data["ltx-2.3"], tmp_path / "two", train_batch_size=1, reference_dropout=0.3
+    )
+    process = launch(arguments, processes=2, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors[-3000:]
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-4)
+
+
+# The end of a run
+
+
+@families
+def test_an_adapter_comes_out_that_the_pipeline_loads(tiny_checkpoint, data, tmp_path, family):
+    trainer = train(
+        tiny_checkpoint,
+        data,
+        tmp_path,
+        family,
+        lora_alpha=8,
+        also_original_format=True,
+        validation_steps=3,
+        validation_inference_steps=2,
+    )
+    videos = trainer.validate()
+    finish(trainer, videos)
+    trainer.end()
+    assert [path.name for path in videos] == ["0.mp4", "1.mp4"]
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6]
+    assert rows[0]["validation_reference_gain"] != 0
+    outputs = []
+    for source in (None, tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "lora_weights.safetensors"):
+        pipe = LTX2IDLoRAPipeline.from_pretrained(tiny_checkpoint(family))
+        pipe.set_progress_bar_config(disable=True)
+        if source is not None:
+            pipe.load_lora_weights(source)
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "max_sequence_length": 16}
+        outputs.append(pipe(prompt="a", generator=generator, output_type="latent", **size).audio)
+    assert (outputs[1] - outputs[0]).abs().max() > 1e-3
+    torch.testing.assert_close(outputs[2], outputs[1], atol=1e-4, rtol=1e-4)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert "identity_guidance_scale" in (tmp_path / "README.md").read_text()
+
+
+def test_training_starts_from_an_existing_adapter(tiny_checkpoint, tiny_adapter, data, tmp_path):
+    arguments = options(tiny_checkpoint(), data["ltx-2.3"], tmp_path, lora_path=tiny_adapter())
+    trainer = Trainer(parse_arguments(arguments))
+    trainer.load_model()
+    given = load_file(tiny_adapter())
+    parameters = dict(trainer.transformer.named_parameters())
+    for key, value in given.items():
+        name = key.removeprefix("diffusion_model.").replace(".weight", ".default.weight")
+        assert torch.equal(parameters[name], value.float())
+
+
+def test_only_the_adapted_modules_train_and_in_float32(tiny_checkpoint, data, tmp_path):
+    trainer = Trainer(parse_arguments(options(tiny_checkpoint(), data["ltx-2.3"], tmp_path, mixed_precision="bf16")))
+    trainer.load_model()
+    trained = {name for name, parameter in trainer.transformer.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name and "audio" in name for name in trained)
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.parameters)
+    assert trainer.transformer.proj_in.weight.dtype == torch.bfloat16
+    trainer.run()
+    assert all(value.isfinite().all() for value in adapter_of(tmp_path).values())
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"instance_data_root": "nowhere"}, "`instance_data_root`"),
+        ({"rank": 0}, "`rank` is 0"),
+        ({"reference_dropout": 1.5}, "`reference_dropout` is 1.5"),
+        ({"learning_rate": -1}, "`learning_rate` is -1"),
+        ({"resume_from_checkpoint": "checkpoint-77"}, "`resume_from_checkpoint` is 'checkpoint-77'"),
+        ({"hub_token": "x", "report_to": "wandb"}, "`hub_token`"),
+        ({"pretrained_model_name_or_path": ""}, "`pretrained_model_name_or_path` is missing"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence(tiny_checkpoint, data, tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Trainer(parse_arguments(options(tiny_checkpoint(), data["ltx-2.3"], tmp_path, **changed)))
+    assert "\n" not in str(error.value)
+
+
+def test_modules_that_do_not_exist_and_data_of_another_base_are_refused(tiny_checkpoint, data, tmp_path):
+    arguments = options(tiny_checkpoint(), data["ltx-2.3"], tmp_path, target_modules="nothing")
+    with pytest.raises(ValueError, match="`target_modules` 'nothing'"):
+        Trainer(parse_arguments(arguments)).load_model()
+    trainer = Trainer(parse_arguments(options(tmp_path / "no-base", data["ltx-2.3"], tmp_path)))
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` is"):
+        trainer.load_model()
+
+
+def test_a_config_file_gives_defaults_that_options_override(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("pretrained_model_name_or_path: base\ninstance_data_root: data\nlearning_rate: 2e-4\nrank: 64\n")
+    arguments = parse_arguments(["--config", str(config), "--rank", "32"])
+    assert (arguments.pretrained_model_name_or_path, arguments.learning_rate, arguments.rank) == ("base", 2e-4, 32)
+    config.write_text("ranks: 64\n")
+    with pytest.raises(ValueError, match="'ranks'"):
+        parse_arguments(["--config", str(config)])
+
+
+@pytest.mark.parametrize("name", ["celebvhq", "talkvid"])
+def test_the_released_recipes_are_complete_configurations(name):
+    path = SCRIPT.parent / "configs" / f"{name}.yaml"
+    arguments = parse_arguments(["--config", str(path), "--instance_data_root", "data"])
+    values = dataclasses.asdict(arguments)
+    assert (values["rank"], values["learning_rate"], values["lr_scheduler"]) == (128, 2e-4, "linear")
+    assert values["train_batch_size"] * values["gradient_accumulation_steps"] == 4
+    assert values["max_train_steps"] == 3000 and values["mask_reference_from_text"]
