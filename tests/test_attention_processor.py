@@ -1,6 +1,7 @@
 """Rows of one forward that differ in reference, perturbation and isolation give what each gives alone."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -158,7 +159,7 @@ def test_rows_alike_need_no_additive_mask(transformers):
         block = transformer.transformer_blocks[0]
         edits = [getattr(block, name).processor.edit for name in CONTROLLED_ATTENTIONS]
         assert all(edit.mask is None for edit in edits)
-        assert block.audio_to_video_attn.processor.edit.first_key == 4
+        assert block.audio_to_video_attn.processor.edit.dropped_keys.shape[0] == 4
 
 
 @pytest.mark.parametrize("name", ["training_ltx2", "training_ltx23_text_masked"])
@@ -227,14 +228,60 @@ def test_an_installation_that_fails_half_way_leaves_nothing_behind(transformers)
     transformer = transformers["ltx-2.3"]
     last = transformer.transformer_blocks[-1].video_to_audio_attn
     modules = [module for module in transformer.modules() if isinstance(module, LTX2Attention)]
-    found, last.processor = last.processor, object()
     before = [module.processor for module in modules]
+    del transformer.transformer_blocks[-1].video_to_audio_attn
     try:
         with pytest.raises(AttributeError), ReferenceAttention(transformer):
             pass
         assert [module.processor for module in modules] == before
     finally:
-        last.processor = found
+        transformer.transformer_blocks[-1].video_to_audio_attn = last
+
+
+def test_threads_on_one_transformer_take_turns_and_leave_it_as_found(transformers):
+    transformer = transformers["ltx-2.3"]
+    before = [block.audio_attn1.processor for block in transformer.transformer_blocks]
+    expected = [run(transformer, [Row(0, reference=5)]), run(transformer, [Row(1)])]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(run, transformer, rows) for rows in ([Row(0, reference=5)], [Row(1)]) * 10]
+    for index, job in enumerate(jobs):
+        torch.testing.assert_close(job.result(), expected[index % 2], atol=1e-6, rtol=0)
+    assert [block.audio_attn1.processor for block in transformer.transformer_blocks] == before
+
+
+def test_blocks_nest_within_one_thread(transformers):
+    transformer = transformers["ltx-2.3"]
+    expected = run(transformer, MIXED)
+    with ReferenceAttention(transformer) as outer:
+        inner = run(transformer, MIXED)
+        assert outer.transformer.transformer_blocks[0].attn1.processor.edit is not None
+    torch.testing.assert_close(inner, expected, atol=0, rtol=0)
+
+
+def test_the_text_mask_is_refused_in_float16_where_it_would_do_nothing(transformers):
+    layout = ReferenceLayout((4,), 4, NUM_TARGET)
+    with (
+        ReferenceAttention(transformers["ltx-2.3"]) as attention,
+        pytest.raises(ValueError, match="`mask_reference_from_text` can't be had in float16"),
+    ):
+        attention.apply(AttentionRules(layout, mask_reference_from_text=True), "cpu", torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_the_text_mask_reference_tokens_attend_uniformly(dtype):
+    transformer = tiny_components("ltx-2.3")["transformer"].to(dtype)
+    attention_module = transformer.transformer_blocks[0].audio_attn2
+    text = torch.randn(1, 6, attention_module.cross_attention_dim).to(dtype)
+    audio = torch.randn(1, 4 + NUM_TARGET, attention_module.query_dim).to(dtype)
+    with torch.no_grad(), ReferenceAttention(transformer) as attention:
+        layout = ReferenceLayout((4,), 4, NUM_TARGET)
+        attention.apply(AttentionRules(layout, mask_reference_from_text=True), "cpu", dtype)
+        output = attention_module(audio, encoder_hidden_states=text)
+        gates = 2 * torch.sigmoid(attention_module.to_gate_logits(audio))
+        mean = attention_module.to_v(text).mean(dim=1, keepdim=True).unflatten(2, (attention_module.heads, -1))
+        uniform = attention_module.to_out[0]((mean * gates.unsqueeze(-1)).flatten(2))
+    torch.testing.assert_close(output[:, :4], uniform[:, :4], atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+    assert (output[:, 4:] - uniform[:, 4:]).abs().max() > 1e-3
 
 
 def test_the_attention_backend_that_was_set_stays_in_force(transformers):

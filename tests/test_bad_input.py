@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
-from diffusers_idlora import IdentityGuidance, LTX2IDLoRAPipeline, audio
+from diffusers_idlora import IdentityGuidance, LTX2IDLoRAPipeline, TextContext, audio
 
 
 NAN, INFINITY = math.nan, math.inf
@@ -326,6 +326,37 @@ SAMPLING = {
     "a word as sigmas": ({"sigmas": "abc"}, ["sigmas"], "'abc'"),
     "one number as STG blocks": ({"spatio_temporal_guidance_blocks": 2}, ["spatio_temporal_guidance_blocks"], "2"),
     "generator of another type": ({"generator": 5}, ["generator"], "int"),
+    "condition outside of the video": (
+        {"conditions": LTX2VideoCondition(frames=FACE, index=2)},
+        ["conditions"],
+        "index 2",
+    ),
+    "image and a condition at the first index from behind": (
+        {"image": FACE, "conditions": LTX2VideoCondition(frames=FACE, index=-2)},
+        ["image", "conditions"],
+        "-2",
+    ),
+    "condition with a strength above 1": (
+        {"conditions": LTX2VideoCondition(frames=FACE, index=-1, strength=2.0)},
+        ["conditions", "strength"],
+        "2.0",
+    ),
+    "condition with a NaN strength": (
+        {"conditions": LTX2VideoCondition(frames=FACE, index=-1, strength=NAN)},
+        ["conditions", "strength"],
+        "nan",
+    ),
+    "condition given as a path": ({"conditions": LTX2VideoCondition(frames="face.png")}, ["conditions"], "str"),
+    "negative context of another length": (
+        {
+            "prompt": None,
+            "text_context": TextContext(torch.zeros(1, 16, 32), torch.zeros(1, 16, 16)),
+            "negative_text_context": TextContext(torch.zeros(1, 8, 32), torch.zeros(1, 8, 16)),
+        },
+        ["text_context", "negative_text_context"],
+        "[8, 16]",
+    ),
+    "too short for any sound": ({"num_frames": 1, "frame_rate": 60.0}, ["num_frames", "frame_rate"], "60.0"),
     "condition of another type": ({"conditions": 5}, ["conditions"], "int"),
     "image_crf out of range": ({"image": FACE, "image_crf": 99}, ["image_crf"], "99"),
     "a rate that can't be resampled": ({"reference_audio": (voice(), 767957)}, ["reference_audio"], "767957"),
@@ -390,6 +421,13 @@ def test_identity_guidance_that_stops_before_it_starts_is_refused_before_any_mod
     assert models_run == []
     assert "`start`" in message and "`stop`" in message
     assert shows(message, str(start)) and shows(message, str(stop))
+
+
+def test_a_missing_negative_context_is_refused_where_no_text_encoder_could_make_it(pipe):
+    components = {**pipe.components, "text_encoder": None, "tokenizer": None}
+    context = TextContext(torch.zeros(1, 16, 32), torch.zeros(1, 16, 16))
+    with pytest.raises(ValueError, match="`negative_text_context` is missing"):
+        generate(LTX2IDLoRAPipeline(**components), prompt=None, text_context=context)
 
 
 def test_good_input_runs_every_model(pipe, models_run, media, monkeypatch):

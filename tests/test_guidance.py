@@ -3,6 +3,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.guiders.guider_utils import logger as guider_logger
@@ -506,3 +507,20 @@ def test_an_unknown_schedule_is_an_error_that_lists_the_schedules(schedule):
     with pytest.raises(ValueError) as error:
         IdentityGuidance(schedule=schedule)
     assert f"`schedule` is {schedule!r}; give one of constant, linear, cosine or a function" in str(error.value)
+
+
+@pytest.mark.parametrize("factor", [math.nan, -1.0, "much"])
+def test_a_schedule_that_gives_no_scale_is_refused_when_it_is_asked(factor):
+    guider = IdentityGuidance(schedule=lambda progress: factor)
+    guider.set_state(step=0, num_inference_steps=4, timestep=None)
+    with pytest.raises((ValueError, TypeError)):
+        _ = guider.scale
+
+
+def test_a_guider_with_a_function_can_be_shown():
+    assert "scale=2.0" in repr(IdentityGuidance(scale=2.0, schedule=lambda progress: 1.0))
+
+
+def test_numbers_of_numpy_are_numbers():
+    scales = GuidanceScales(guidance_scale=np.float32(3), stg_scale=np.int64(1))
+    assert scales.guidance_scale == 3 and scales.audio_stg_scale == 1

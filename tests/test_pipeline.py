@@ -11,6 +11,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from conftest import families
 from diffusers_idlora import IdentityGuidance, IDLoRAPrompt, LTX2IDLoRAPipeline
 from diffusers_idlora.demo_assets import demo_face, demo_voice
+from diffusers_idlora.guidance import GuidanceScales
 from diffusers_idlora.tiny import tiny_components
 
 
@@ -106,7 +107,7 @@ def test_a_dtype_per_component_is_kept(tiny_checkpoint, face, voice):
     )
     pipe.set_progress_bar_config(disable=True)
     assert pipe.transformer.dtype == torch.bfloat16 and pipe.vocoder.dtype == torch.float32
-    output = pipe(prompt="a", image=face, reference_audio=voice, **SMALL)
+    output = pipe(prompt="a", image=face, reference_audio=voice, **{**SMALL, "output_type": "pt"})
     assert output.frames.isfinite().all() and output.audio.isfinite().all()
 
 
@@ -319,7 +320,60 @@ def test_a_scale_of_zero_is_zero_for_audio_too(pipe, voice):
     assert (run(audio_guidance_scale=0.0).audio - run(audio_guidance_scale=3.0).audio).abs().max() > 1e-3
 
 
+def test_a_callback_may_change_the_scales_of_the_following_steps(pipe, voice):
+    def text_off(pipe, step, timestep, tensors):
+        if step == 0:
+            pipe._guidance_scale = pipe._audio_guidance_scale = 1.0
+
+    names = passes_of(pipe, reference_audio=voice, callback_on_step_end=text_off)
+    assert names.count("uncond") == 1 and names.count("cond") == 2
+
+
 # The loop as diffusers' users know it
+
+
+def test_a_call_within_a_callback_disturbs_nothing(pipe, voice):
+    arguments = {"prompt": "a", "reference_audio": voice, **SMALL, "num_inference_steps": 4}
+    expected = pipe(**arguments, generator=seeded())
+
+    def preview(pipe, step, timestep, tensors):
+        pipe(prompt="b", **SMALL)
+        pipe._keep_scales(GuidanceScales())
+
+    assert_same(pipe(**arguments, generator=seeded(), callback_on_step_end=preview), expected)
+
+
+def test_encoders_called_directly_keep_no_graph(pipe, face, voice):
+    assert not pipe.encode_text_context(["a"], max_sequence_length=16).video_embeds.requires_grad
+    assert not pipe.encode_reference_audio(voice).requires_grad
+    assert not pipe.encode_image(face, 64, 64).requires_grad
+
+
+def test_prompts_are_encoded_in_one_go_and_a_shared_face_and_voice_once(pipe, face, voice):
+    counts = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: counts.__setitem__(name, counts.get(name, 0) + 1))
+        for name, module in (
+            ("text", pipe.text_encoder),
+            ("face", pipe.vae.encoder),
+            ("voice", pipe.audio_vae.encoder),
+        )
+    ]
+    try:
+        pipe(prompt=["a", "b", "c"], image=face, reference_audio=voice, num_videos_per_prompt=2, **SMALL)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert counts == {"text": 1, "face": 1, "voice": 1}
+
+
+def test_audio_latents_in_bfloat16_are_noised_in_float32(pipe, voice):
+    latents = torch.randn(1, 2, 9, 4, generator=seeded(3)).bfloat16()
+    outputs = [
+        pipe(prompt="a", reference_audio=voice, audio_latents=given, generator=seeded(), **SMALL)
+        for given in (latents, latents.float())
+    ]
+    assert_same(*outputs)
 
 
 def test_callbacks_see_and_change_both_modalities(pipe, voice):
@@ -413,7 +467,7 @@ def test_latents_of_a_call_can_be_taken_up_again(pipe, voice):
 def test_size_and_length_left_out_follow_from_the_image_and_the_recipe(pipe, monkeypatch):
     calls = []
     monkeypatch.setattr(pipe, "check_inputs", lambda prompt, height, width, **kw: calls.append((height, width, kw)))
-    monkeypatch.setattr(pipe, "encode_text_context", lambda *_: 1 / 0)
+    monkeypatch.setattr(pipe, "encode_text_context", lambda *_, **__: 1 / 0)
     for image in (None, PIL.Image.new("RGB", (300, 400)), PIL.Image.new("RGB", (1600, 900))):
         with pytest.raises(ZeroDivisionError):
             pipe(prompt="a", image=image)
@@ -498,6 +552,14 @@ def test_taylorseer_caches_each_kind_of_pass_on_its_own(pipe, face, voice):
     first, again = (cached(**arguments, generator=seeded()) for _ in range(2))
     assert torch.equal(first.frames, again.frames) and torch.equal(first.audio, again.audio)
     assert not torch.equal(first.frames, expected.frames)
+
+    def fail(pipe, step, *_):
+        if step == 3:
+            raise RuntimeError("in a callback")
+
+    with pytest.raises(RuntimeError):
+        cached(**arguments, generator=seeded(), callback_on_step_end=fail)
+    assert torch.equal(cached(**arguments, generator=seeded()).frames, first.frames)
     cached.transformer.disable_cache()
     assert_same(cached(**arguments, generator=seeded()), expected)
 
@@ -512,6 +574,29 @@ def test_compiled_blocks_give_the_same_clip(pipe, face, voice):
     # All steps after the first, and all later calls of the same size, compile nothing.
     with torch.compiler.set_stance("fail_on_recompile"):
         assert_same(compiled(**arguments, generator=seeded()), expected)
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_take_other_sizes_and_voices_without_end(pipe, face, voice, monkeypatch):
+    compiled = make_pipeline()
+    torch._dynamo.reset()
+    # Five kinds of passes in sizes that are first fixed and then variable are more than torch's default of 8 graphs.
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)
+    compiled.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+
+    def run(which, reference, **size):
+        arguments = {**SMALL, **size, "mask_video_from_reference": True}
+        return which(prompt="a", image=face, reference_audio=reference, generator=seeded(), **arguments)
+
+    for reference, size in (
+        (voice, {}),
+        (other_voice(3.5), {"width": 96}),
+        (other_voice(2.2), {"height": 96, "width": 64, "num_frames": 17}),
+    ):
+        run(compiled, reference, **size)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        size = {"height": 128, "width": 96, "num_frames": 25}
+        assert_same(run(compiled, other_voice(4.1), **size), run(pipe, other_voice(4.1), **size), atol=1e-4)
     torch._dynamo.reset()
 
 

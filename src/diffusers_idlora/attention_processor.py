@@ -1,5 +1,7 @@
 """Attention processors that know where the reference tokens are, row by row."""
 
+import threading
+import weakref
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -8,6 +10,10 @@ from diffusers.models.transformers.transformer_ltx2 import LTX2Attention, LTX2Pe
 
 from .reference import ReferenceLayout
 
+
+# One lock for each transformer: processors are state of the model, so only one thread may have its own on it.
+_locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_locks_guard = threading.Lock()
 
 # `attn2`, where video reads the text, never meets a reference token and is left alone.
 CONTROLLED_ATTENTIONS = ("attn1", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
@@ -48,7 +54,9 @@ class AttentionEdit:
     What one attention module does differently in the current forward. The default changes nothing.
 
     Attributes:
-        first_key (`int`): Keys and values before this one are dropped.
+        dropped_keys (`torch.Tensor`, *optional*):
+            As many keys and values as it is long are dropped at the front. A tensor, because a compiled block would be
+            compiled again for every other number.
         mask (`torch.Tensor`, *optional*): Added to the logits, `[B, 1 or queries, keys]`.
         attend (`torch.Tensor`, *optional*): `[B, 1, 1]`, 0 on rows whose values pass through unattended.
         keep (`torch.Tensor`, *optional*): `[B, 1, 1]`, 0 on rows to which the module adds nothing.
@@ -56,7 +64,7 @@ class AttentionEdit:
         all_left_out (`bool`): The module adds nothing to any row, so it is not computed.
     """
 
-    first_key: int = 0
+    dropped_keys: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     attend: torch.Tensor | None = None
     keep: torch.Tensor | None = None
@@ -97,9 +105,10 @@ class LTX2IDLoRAAttnProcessor(LTX2PerturbedAttnProcessor):
         if edit.all_left_out:
             return torch.zeros_like(hidden_states)
 
-        if edit.first_key:
-            encoder_hidden_states = encoder_hidden_states[:, edit.first_key :]
-            key_rotary_emb = tuple(part[..., edit.first_key :, :] for part in key_rotary_emb)
+        if edit.dropped_keys is not None:
+            first_key = edit.dropped_keys.shape[0]
+            encoder_hidden_states = encoder_hidden_states[:, first_key:]
+            key_rotary_emb = tuple(part[..., first_key:, :] for part in key_rotary_emb)
         if edit.mask is not None:
             attention_mask = self._add_mask(attention_mask, edit.mask, encoder_hidden_states)
         if edit.attend is not None or edit.all_pass_values:
@@ -134,7 +143,8 @@ class LTX2IDLoRAAttnProcessor(LTX2PerturbedAttnProcessor):
 class ReferenceAttention:
     """
     Installs the processors on a transformer for the length of a `with` block and takes them off again, also after an
-    exception. Inside, [`~ReferenceAttention.apply`] says what the next forward must respect.
+    exception. Inside, [`~ReferenceAttention.apply`] says what the next forward must respect. Blocks on one transformer
+    exclude each other between threads, and nest within one.
 
     Args:
         transformer (`LTX2VideoTransformer3DModel`): The model; nothing but its processors is touched.
@@ -152,6 +162,9 @@ class ReferenceAttention:
     _found: list[tuple[LTX2Attention, object]] = field(default_factory=list, init=False, repr=False)
 
     def __enter__(self) -> "ReferenceAttention":
+        with _locks_guard:
+            self._lock = _locks.setdefault(self.transformer, threading.RLock())
+        self._lock.acquire()
         try:
             for block in self.transformer.transformer_blocks:
                 self._processors.append({name: self._install(getattr(block, name)) for name in CONTROLLED_ATTENTIONS})
@@ -164,7 +177,9 @@ class ReferenceAttention:
         found = module.processor
         self._found.append((module, found))
         # What `set_attention_backend` and context parallelism left on the processor stays in force.
-        processor = LTX2IDLoRAAttnProcessor(found._attention_backend, found._parallel_config)
+        processor = LTX2IDLoRAAttnProcessor(
+            getattr(found, "_attention_backend", None), getattr(found, "_parallel_config", None)
+        )
         module.set_processor(processor)
         return processor
 
@@ -173,6 +188,7 @@ class ReferenceAttention:
             module.set_processor(processor)
         self._found.clear()
         self._processors.clear()
+        self._lock.release()
 
     def apply(self, rules: AttentionRules, device: torch.device | str, dtype: torch.dtype) -> None:
         """
@@ -192,6 +208,12 @@ class ReferenceAttention:
                     processor.edit = replace(perturbation, mask=processor.edit.mask)
 
 
+def check_text_mask(dtype: torch.dtype) -> None:
+    """Raises a ValueError for float16, whose smallest number does not drown the logits it is added to."""
+    if dtype == torch.float16:
+        raise ValueError("`mask_reference_from_text` can't be had in float16; compute in bfloat16 or float32.")
+
+
 def _edits(rules: AttentionRules, device: torch.device | str, dtype: torch.dtype) -> dict[str, AttentionEdit]:
     """Each attention's edit by its name in the block, STG aside."""
     layout, minimum = rules.layout, torch.finfo(dtype).min
@@ -204,10 +226,11 @@ def _edits(rules: AttentionRules, device: torch.device | str, dtype: torch.dtype
         keep = _rows_except(rules.isolated, device, dtype)
     cross_modal = AttentionEdit(keep=keep, all_left_out=bool(rules.isolated) and all(rules.isolated))
     if rules.mask_reference_from_text and num_references:
+        check_text_mask(dtype)
         text_mask = torch.zeros(num_rows, layout.num_tokens, 1, device=device, dtype=dtype)
         text_mask[:, :num_references] = minimum
-    if rules.mask_video_from_reference:
-        audio_to_video = replace(cross_modal, first_key=num_references)
+    if rules.mask_video_from_reference and num_references:
+        audio_to_video = replace(cross_modal, dropped_keys=torch.empty(num_references, 0, device=device))
     else:
         audio_to_video = replace(cross_modal, mask=padding_mask)
     return {

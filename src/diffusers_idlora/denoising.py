@@ -41,11 +41,20 @@ class TextContext:
             None if mask is None else mask.repeat_interleave(count, dim=0),
         )
 
-    def to(self, device: torch.device | str) -> "TextContext":
-        """The same on another device."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "TextContext":
+        """The same on another device, and the embeddings in another dtype."""
         mask = self.attention_mask
         return TextContext(
-            self.video_embeds.to(device), self.audio_embeds.to(device), None if mask is None else mask.to(device)
+            self.video_embeds.to(device, dtype),
+            self.audio_embeds.to(device, dtype),
+            None if mask is None else mask.to(device),
+        )
+
+    def rows(self, start: int, stop: int) -> "TextContext":
+        """Some of the prompts."""
+        mask = self.attention_mask
+        return TextContext(
+            self.video_embeds[start:stop], self.audio_embeds[start:stop], None if mask is None else mask[start:stop]
         )
 
     @staticmethod

@@ -1,6 +1,7 @@
 """Identity guidance, and the guidance terms of a step as data: which passes it needs and how they combine."""
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -73,7 +74,7 @@ class IdentityGuidance(BaseGuidance):
     ):
         check_scale("scale", scale)
         for name, value in (("start", start), ("stop", stop)):
-            if not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+            if not isinstance(value, numbers.Real) or not 0.0 <= value <= 1.0:
                 raise ValueError(f"`{name}` is {value!r}; give a fraction of the steps between 0 and 1.")
         if start >= stop:
             raise ValueError(f"`start` ({start}) has to be smaller than `stop` ({stop}); 0.0 and 1.0 are all steps.")
@@ -89,12 +90,22 @@ class IdentityGuidance(BaseGuidance):
         if not self._enabled:
             return 0.0
         if self._num_inference_steps is None:
-            return self.config.scale * self._factor(0.0)
+            return self._scale_at(0.0)
         first = int(self._start * self._num_inference_steps)
         end = max(int(self._stop * self._num_inference_steps), first + 1)
         if not first <= self._step < end:
             return 0.0
-        return self.config.scale * self._factor((self._step - first) / (end - first))
+        return self._scale_at((self._step - first) / (end - first))
+
+    def _scale_at(self, progress: float) -> float:
+        scale = self.config.scale * self._factor(progress)
+        check_scale("schedule", scale)
+        return scale
+
+    def __repr__(self) -> str:
+        if not callable(self.config.schedule):
+            return super().__repr__()
+        return f"{type(self).__name__}(scale={self.config.scale}, schedule={self.config.schedule!r})"
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Saves `guider_config.json`; see [`~ConfigMixin.save_config`]. A `schedule` function is a ValueError."""
@@ -142,7 +153,7 @@ class IdentityGuidance(BaseGuidance):
 
 def check_scale(name: str, value: float) -> None:
     """Raises a ValueError unless `value` is a finite number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
         raise ValueError(f"`{name}` is {value!r}; give a number that is 0 or larger.")
 
 

@@ -1,9 +1,11 @@
 """What a call was given, read and checked before any model runs."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
@@ -62,6 +64,8 @@ def count_prompts(
 
 def read_images(image: Any, num_prompts: int) -> list[PIL.Image.Image | None]:
     """The face of each prompt as an upright RGB image, or `None`; see [`load_image`] for what is refused."""
+    if not isinstance(image, list):
+        return [None if image is None else load_image(image)] * num_prompts
     return [None if item is None else load_image(item) for item in per_prompt("image", image, num_prompts)]
 
 
@@ -169,7 +173,38 @@ def read_conditions(conditions: Any) -> list[LTX2VideoCondition]:
     for item in items:
         if not isinstance(item, LTX2VideoCondition):
             raise ValueError(f"`conditions` holds a {type(item).__name__}; give `LTX2VideoCondition`s.")
+        frames = item.frames if isinstance(item.frames, list) else [item.frames]
+        if not frames or not all(isinstance(frame, (PIL.Image.Image, np.ndarray, torch.Tensor)) for frame in frames):
+            raise ValueError(
+                f"`conditions` has `frames` of the type {type(item.frames).__name__}; give PIL images, an array or a"
+                " tensor."
+            )
+        if not (isinstance(item.strength, numbers.Real) and 0 <= item.strength <= 1):
+            raise ValueError(f"`conditions` has a `strength` of {item.strength!r}; give a number between 0 and 1.")
     return items
+
+
+def check_condition_indices(
+    conditions: list[LTX2VideoCondition], num_latent_frames: int, first_frame: str | None
+) -> None:
+    """
+    Raises a ValueError for a condition outside of the video, or at its beginning where the image stands.
+
+    Args:
+        conditions (`list[LTX2VideoCondition]`): The further frames.
+        num_latent_frames (`int`): Length of the video, in latent frames.
+        first_frame (`str`, *optional*): The argument that gives the first frame, if one does.
+    """
+    for item in conditions:
+        if not -num_latent_frames <= item.index < num_latent_frames:
+            raise ValueError(
+                f"`conditions` has a frame at index {item.index}, and the video has {num_latent_frames} latent frames;"
+                f" give an index from {-num_latent_frames} to {num_latent_frames - 1}."
+            )
+        if item.index % num_latent_frames == 0 and first_frame is not None:
+            raise ValueError(
+                f"`conditions` has a frame at index {item.index}, where `{first_frame}` stands; leave one of them out."
+            )
 
 
 def check_sigmas(sigmas: Sequence[float]) -> list[float]:
@@ -191,9 +226,11 @@ def check_sigmas(sigmas: Sequence[float]) -> list[float]:
     return values
 
 
-def identity_guider(scale: float | None, guidance: IdentityGuidance | None) -> IdentityGuidance:
+def identity_guider(
+    scale: float | None, guidance: IdentityGuidance | None, recommended: float | None = None
+) -> IdentityGuidance:
     """
-    The guider of a call, from a scale or a guider; the recipe's if neither is given.
+    The guider of a call, from a scale or a guider; if neither is given, what the adapter recommends or the recipe's.
 
     Raises:
         ValueError: If both are given, or the scale is negative or not a number.
@@ -207,6 +244,7 @@ def identity_guider(scale: float | None, guidance: IdentityGuidance | None) -> I
         if not isinstance(guidance, IdentityGuidance):
             raise ValueError(f"`identity_guidance` is a {type(guidance).__name__}; give an `IdentityGuidance`.")
         return guidance
+    scale = recommended if scale is None else scale
     if scale is None:
         return IdentityGuidance()
     check_scale("identity_guidance_scale", scale)
@@ -215,13 +253,13 @@ def identity_guider(scale: float | None, guidance: IdentityGuidance | None) -> I
 
 def check_positive(name: str, value: float) -> None:
     """Raises a ValueError unless `value` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"`{name}` is {value!r}; give a number above 0.")
 
 
 def check_count(name: str, value: int) -> None:
     """Raises a ValueError unless `value` is a whole number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"`{name}` is {value!r}; give a whole number of at least 1.")
 
 

@@ -1,11 +1,11 @@
 """The pipeline: a prompt, a face and a voice to one talking video."""
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -14,17 +14,10 @@ from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from diffusers.pipelines.ltx2.utils import conditioning_frame_rate
 
 from .attention_processor import ReferenceAttention, is_first_generation
-from .audio import check_resampling
 from .denoising import Denoiser, TextContext
-from .guidance import GuidancePlan, GuidanceScales, IdentityGuidance, check_scale
+from .guidance import GuidancePlan, GuidanceScales, IdentityGuidance
 from .inputs import (
-    Clip,
-    check_choice,
-    check_count,
-    check_frames,
     check_given_once,
-    check_latents,
-    check_positive,
     check_sigmas,
     count_prompts,
     identity_guider,
@@ -35,14 +28,9 @@ from .inputs import (
     read_references,
     split_latents,
 )
-from .lora import check_adapter, load_adapter, lora_config
-from .media import fit_size
+from .lora import AdapterInfo, check_adapter, load_adapter, lora_config
 from .pipeline_steps import LTX2IDLoRASteps
 from .prompt import IDLoRAPrompt
-
-
-RECIPE_STG_BLOCK = 29
-RECIPE_NUM_FRAMES = 121
 
 
 class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
@@ -170,7 +158,8 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             audio_guidance_scale (`float`, *optional*):
                 Text guidance on audio; 1 is off. Left out: 7.0, or `guidance_scale` where that is 1 or less.
             identity_guidance_scale (`float`, *optional*):
-                How strongly the reference's voice is amplified; 0 is off. Left out: 3.0.
+                How strongly the reference's voice is amplified; 0 is off. Left out: what the active adapter's metadata
+                recommend, or 3.0.
             identity_guidance ([`IdentityGuidance`], *optional*):
                 Instead of `identity_guidance_scale`: a schedule over the steps.
             stg_scale (`float`, defaults to `1.0`):
@@ -220,7 +209,8 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
                 Given to the transformer; `{"scale": 0.5}` scales loaded LoRAs.
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipe, step, timestep, tensors)` after each step; may return changed `latents` and
-                `audio_latents`. Setting `pipe._interrupt = True` in it ends the loop early.
+                `audio_latents`. Setting `pipe._interrupt = True` in it ends the loop early, and setting
+                `pipe._guidance_scale` and the like changes the scales of the following steps.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Which tensors it gets: of `latents`, `audio_latents` (both packed and normalised), `prompt_embeds`,
                 `negative_prompt_embeds`.
@@ -248,7 +238,7 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             guidance_rescale=guidance_rescale,
             audio_guidance_rescale=audio_guidance_rescale,
         )
-        guider = identity_guider(identity_guidance_scale, identity_guidance)
+        guider = identity_guider(identity_guidance_scale, identity_guidance, self.recommended_identity_guidance_scale)
         prompts = read_prompts(prompt)
         num_prompts = count_prompts(prompts, prompt_embeds, text_context)
         negative_prompts = read_negative_prompts(negative_prompt, num_prompts)
@@ -257,9 +247,6 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         conditions = read_conditions(conditions)
         check_given_once(image=image, image_latents=image_latents)
         check_given_once(reference_audio=reference_audio, reference_latents=reference_latents)
-        if any(item.index == 0 for item in conditions) and (image is not None or image_latents is not None):
-            given = "image" if image_latents is None else "image_latents"
-            raise ValueError(f"`conditions` has a frame at index 0, where `{given}` stands; leave one of them out.")
         images = read_images(image, num_prompts)
         clips = read_references(reference_audio, reference_audio_sampling_rate, num_prompts)
         height, width, num_frames = self.default_size(height, width, num_frames, images, latents)
@@ -278,7 +265,11 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             latents=latents,
             audio_latents=audio_latents,
             text_context=text_context,
-            negative_text_context=negative_text_context if scales.uses_text_guidance else None,
+            negative_text_context=negative_text_context,
+            uses_text_guidance=scales.uses_text_guidance,
+            conditions=conditions,
+            first_frame="image" if image is not None else "image_latents" if image_latents is not None else None,
+            mask_reference_from_text=mask_reference_from_text,
             clips=clips,
             image_crf=image_crf,
             frame_rate=frame_rate,
@@ -310,19 +301,27 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         num_rows = num_prompts * num_videos_per_prompt
         position_frame_rate = conditioning_frame_rate(frame_rate, motion_speed)
 
-        # 2. Read the prompts: text encoder and connectors, once
-        if text_context is None:
-            text_context = self.encode_text_context(
-                prompts, prompt_embeds, prompt_attention_mask, max_sequence_length, device
+        # 2. Read the prompts: text encoder and connectors, once for all of them
+        needs_negative = scales.uses_text_guidance and negative_text_context is None
+        if prompts is not None and needs_negative and negative_prompt_embeds is None:
+            both = self.encode_text_context(
+                prompts + negative_prompts, max_sequence_length=max_sequence_length, device=device
             )
-        if scales.uses_text_guidance and negative_text_context is None:
-            negative_text_context = self.encode_text_context(
-                None if negative_prompt_embeds is not None else negative_prompts,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-                max_sequence_length,
-                device,
-            )
+            text_context = both.rows(0, num_prompts)
+            negative_text_context = both.rows(num_prompts, 2 * num_prompts)
+        else:
+            if text_context is None:
+                text_context = self.encode_text_context(
+                    prompts, prompt_embeds, prompt_attention_mask, max_sequence_length, device
+                )
+            if needs_negative:
+                negative_text_context = self.encode_text_context(
+                    None if negative_prompt_embeds is not None else negative_prompts,
+                    negative_prompt_embeds,
+                    negative_prompt_attention_mask,
+                    max_sequence_length,
+                    device,
+                )
         if num_frames is None:
             num_frames = self.duration_head.predict_num_frames(
                 text_context.video_embeds,
@@ -332,18 +331,19 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
                 min_seconds=min_seconds,
                 max_seconds=max_seconds,
             )
-        context = text_context.to(device).repeat_rows(num_videos_per_prompt)
+        dtype = self.transformer.dtype
+        context = text_context.to(device, dtype).repeat_rows(num_videos_per_prompt)
         negative_context = None
         if scales.uses_text_guidance:
-            negative_context = negative_text_context.to(device).repeat_rows(num_videos_per_prompt)
+            negative_context = negative_text_context.to(device, dtype).repeat_rows(num_videos_per_prompt)
 
         # 3. Encode the voices and the faces
         voices = self.prepare_references(clips, references)
         voices = None if voices is None else voices.repeat_rows(num_videos_per_prompt)
-        first_frames = [
-            latent if face is None else self.encode_image(face, height, width, image_crf)
-            for face, latent in zip(images, first_frames)
-        ]
+        # A face given once for all prompts is one object, and is encoded once.
+        faces = {id(face): face for face in images if face is not None}
+        faces = {key: self.encode_image(face, height, width, image_crf) for key, face in faces.items()}
+        first_frames = [faces.get(id(face), latents_of_it) for face, latents_of_it in zip(images, first_frames)]
 
         # 4. Prepare latents
         noise_scale = (sigmas[0] if sigmas is not None else 1.0) if noise_scale is None else noise_scale
@@ -370,12 +370,13 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             dtype=torch.float32,
             device=device,
             generator=generator,
-            latents=None if audio_latents is None else audio_latents.to(device),
+            latents=None if audio_latents is None else audio_latents.to(device, torch.float32),
         )
         audio_positions = self.transformer.audio_rope.prepare_audio_coords(num_rows, audio_num_frames, device)
 
         # 5. Prepare the noise levels
-        scheduler = self.prepare_scheduler(num_inference_steps, sigmas, device)
+        # Of its own, so that a call within a callback does not disturb it.
+        scheduler = copy.deepcopy(self.prepare_scheduler(num_inference_steps, sigmas, device))
         # A scheduler counts its own steps, so each modality has one.
         audio_scheduler = copy.deepcopy(scheduler)
         timesteps = scheduler.timesteps
@@ -383,6 +384,7 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
 
         # 6. Denoise
         with (
+            self._hooks_freed_on_error(),
             ReferenceAttention(self.transformer) as attention,
             self.progress_bar(total=len(timesteps)) as progress_bar,
         ):
@@ -404,12 +406,17 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
                 attention_kwargs=attention_kwargs,
                 passes_per_forward={"sequential": 1, "packed": None}.get(guidance_batching, guidance_batching),
             )
+            plan = None
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
                 guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
-                plan = GuidancePlan.from_scales(scales, 0.0 if voices is None else guider.scale)
+                scales = self._current_scales(negative_context)
+                earlier, plan = plan, GuidancePlan.from_scales(scales, 0.0 if voices is None else guider.scale)
+                if earlier is not None and earlier.passes != plan.passes and self.transformer.is_cache_enabled:
+                    # A pass that begins again would go on from what it had cached before the gap.
+                    self.transformer._reset_stateful_cache()
                 sigma = scheduler.sigmas[i].to(device)
                 video_x0, audio_x0 = denoiser.predict(plan, latents, audio_latents, sigma, t)
 
@@ -451,158 +458,21 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             return (video, audio)
         return LTX2PipelineOutput(frames=video, audio=audio)
 
-    def check_inputs(
-        self,
-        prompt: list[str] | None,
-        height: int,
-        width: int,
-        *,
-        num_prompts: int,
-        num_frames: int | None,
-        frame_rate: float,
-        motion_speed: float,
-        num_inference_steps: int,
-        sigmas: Sequence[float] | None,
-        noise_scale: float | None,
-        num_videos_per_prompt: int,
-        max_sequence_length: int,
-        text_context: TextContext | None,
-        negative_text_context: TextContext | None,
-        clips: list[list[Clip]],
-        image_crf: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        output_type: str,
-        guidance_batching: str | int,
-        latents: torch.Tensor | None = None,
-        audio_latents: torch.Tensor | None = None,
-        **shared: Any,
-    ) -> None:
-        """
-        Raises a ValueError with the argument, its value and the remedy if a call can't work. `shared` goes to
-        [`LTX2ConditionPipeline.check_inputs`]; the other arguments are those of [`~LTX2IDLoRAPipeline.__call__`].
-        """
-        for name, value in (("frame_rate", frame_rate), ("motion_speed", motion_speed)):
-            check_positive(name, value)
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_videos_per_prompt", num_videos_per_prompt),
-            ("max_sequence_length", max_sequence_length),
-            ("height", height),
-            ("width", width),
-        ):
-            check_count(name, value)
-        check_frames(num_frames, self.vae_temporal_compression_ratio)
-        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        if isinstance(guidance_batching, str):
-            check_choice("guidance_batching", guidance_batching, ("sequential", "packed"))
-        else:
-            check_count("guidance_batching", guidance_batching)
-        if noise_scale is not None:
-            check_scale("noise_scale", noise_scale)
-        if image_crf is not None and not (isinstance(image_crf, int) and 0 <= image_crf <= 51):
-            raise ValueError(f"`image_crf` is {image_crf!r}; give a whole number from 0 to 51, or `None`.")
-        if num_inference_steps == 1 and sigmas is None and self.scheduler.config.get("shift_terminal"):
-            raise ValueError(
-                "`num_inference_steps` is 1, and one step can't be stretched to the scheduler's `shift_terminal`; take"
-                " at least 2 steps, or give `sigmas`."
-            )
-        if text_context is None:
-            self._check_sequence_length(max_sequence_length)
-        if num_frames is not None and audio_latents is None and self.audio_length(num_frames, frame_rate) < 1:
-            raise ValueError(
-                f"`num_frames` is {num_frames} at a `frame_rate` of {frame_rate}, too short for any sound; give more"
-                " frames."
-            )
-        for _, sampling_rate in (clip for row in clips for clip in row):
-            check_resampling(sampling_rate, self.audio_sampling_rate)
-        if negative_text_context is not None and negative_text_context.batch_size != num_prompts:
-            raise ValueError(
-                f"`negative_text_context` has {negative_text_context.batch_size} rows for {num_prompts} prompts; give"
-                " one row for each."
-            )
-        num_rows = num_prompts * num_videos_per_prompt
-        generators = generator if isinstance(generator, list) else []
-        if isinstance(generator, list) and len(generator) != num_rows:
-            raise ValueError(f"`generator` is a list of {len(generator)} for {num_rows} videos; give one for each.")
-        for item in generators or [generator]:
-            if item is not None and not isinstance(item, torch.Generator):
-                raise ValueError(f"`generator` holds a {type(item).__name__}; give a `torch.Generator`.")
-        check_latents("latents", latents, (num_rows, self.transformer.config.in_channels, None, None, None))
-        check_latents("audio_latents", audio_latents, (num_rows, *self._audio_latent_shape()))
-        super().check_inputs(
-            # diffusers knows nothing of a finished context, and would ask for a prompt.
-            prompt=[""] * num_prompts if text_context is not None else prompt,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            stg_scale=0.0,
-            audio_stg_scale=0.0,
-            **shared,
-        )
+    @contextmanager
+    def _hooks_freed_on_error(self) -> Iterator[None]:
+        # Or a cache would go on in the next call from where this one broke off.
+        try:
+            yield
+        except BaseException:
+            self.maybe_free_model_hooks()
+            raise
 
-    def _check_sequence_length(self, max_sequence_length: int) -> None:
-        config = self.connectors.config
-        for num_registers in (
-            config.video_connector_num_learnable_registers,
-            config.audio_connector_num_learnable_registers,
-        ):
-            if num_registers is not None and max_sequence_length % num_registers:
-                raise ValueError(
-                    f"`max_sequence_length` is {max_sequence_length}; give a multiple of the text connectors'"
-                    f" {num_registers} registers."
-                )
-
-    def _audio_latent_shape(self) -> tuple[int, None, int]:
-        """Channels, any length, and mel bins of audio latents."""
-        return self.audio_latent_channels, None, self.audio_mel_bins // self.audio_vae_mel_compression_ratio
-
-    def default_size(
-        self,
-        height: int | None,
-        width: int | None,
-        num_frames: int | None,
-        images: list[PIL.Image.Image | None],
-        latents: torch.Tensor | None,
-    ) -> tuple[int, int, int | None]:
-        """
-        Height, width and frames, with what was left out filled in: from `latents`, else from the first image's aspect,
-        else 512 x 512; 121 frames, or `None` where a `duration_head` is to predict them.
-        """
-        if (height is None) != (width is None):
-            raise ValueError(f"`height` is {height} and `width` is {width}; give both or neither.")
-        if isinstance(latents, torch.Tensor) and latents.ndim == 5:
-            sizes = [size * self.vae_spatial_compression_ratio for size in latents.shape[3:]]
-            frames = (latents.shape[2] - 1) * self.vae_temporal_compression_ratio + 1
-            if height is not None and [height, width] != sizes or num_frames not in (None, frames):
-                raise ValueError(
-                    f"`height`, `width` and `num_frames` are {height}, {width} and {num_frames}, but `latents` are of"
-                    f" {sizes[0]}, {sizes[1]} and {frames}; leave them out."
-                )
-            return *sizes, frames
-        if height is None:
-            face = next((image for image in images if image is not None), None)
-            height, width = (512, 512) if face is None else fit_size(*face.size)
-        if num_frames is None and getattr(self, "duration_head", None) is None:
-            num_frames = RECIPE_NUM_FRAMES
-        return height, width, num_frames
-
-    def default_stg_blocks(self, blocks: Sequence[int] | None, scales: GuidanceScales) -> tuple[int, ...]:
-        """The blocks that STG perturbs: those given, else the recipe's, or the last one of a smaller model."""
-        num_blocks = self.transformer.config.num_layers
-        if blocks is None:
-            return (min(RECIPE_STG_BLOCK, num_blocks - 1),)
-        if not isinstance(blocks, (list, tuple)):
-            raise ValueError(f"`spatio_temporal_guidance_blocks` is {blocks!r}; give a list of block numbers.")
-        if scales.uses_stg and not blocks:
-            raise ValueError(
-                f"`spatio_temporal_guidance_blocks` is {blocks}; name at least one block, or set `stg_scale` to 0."
-            )
-        if not all(isinstance(block, int) and 0 <= block < num_blocks for block in blocks):
-            raise ValueError(
-                f"`spatio_temporal_guidance_blocks` is {list(blocks)}; this transformer's blocks are 0 to"
-                f" {num_blocks - 1}."
-            )
-        return tuple(blocks)
+    def _current_scales(self, negative_context: TextContext | None) -> GuidanceScales:
+        """The scales as a callback may have left them; without a negative prompt text guidance stays off."""
+        scales = GuidanceScales(**{item.name: getattr(self, f"_{item.name}") for item in fields(GuidanceScales)})
+        if negative_context is None:
+            scales = replace(scales, guidance_scale=1.0, audio_guidance_scale=1.0)
+        return scales
 
     def _keep_scales(self, scales: GuidanceScales) -> None:
         # Callbacks read these through the properties of `LTX2ConditionPipeline`.
@@ -632,8 +502,26 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         """
         loading = {name: kwargs.pop(name) for name in ("low_cpu_mem_usage",) if name in kwargs}
         state_dict, metadata = load_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
-        check_adapter(state_dict, metadata, self.transformer)
+        info = check_adapter(state_dict, metadata, self.transformer)
         super().load_lora_weights(state_dict, adapter_name, hotswap, lora_config=lora_config(metadata), **loading)
+        self._adapters[adapter_name or self.get_active_adapters()[-1]] = info
+
+    @property
+    def _adapters(self) -> dict[str, AdapterInfo]:
+        # Kept with the transformer's pipeline only for its recommendations, so never saved.
+        return self.__dict__.setdefault("_adapter_infos", {})
+
+    @property
+    def recommended_identity_guidance_scale(self) -> float | None:
+        """The scale that the active adapters' own metadata recommend, the last one's if several do."""
+        if not self._adapters:
+            return None
+        recommended = None
+        for name in self.get_active_adapters():
+            if name in self._adapters:
+                block = self._adapters[name].metadata.get("recommended", {})
+                recommended = block.get("identity_guidance_scale", recommended)
+        return recommended
 
     @classmethod
     def lora_state_dict(

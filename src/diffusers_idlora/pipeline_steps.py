@@ -1,4 +1,4 @@
-"""The steps of a call: reading the prompt, the voice and the face, preparing latents and noise levels, decoding."""
+"""The steps of a call: checking, reading prompt, voice and face, preparing latents and noise levels, decoding."""
 
 import math
 from collections.abc import Sequence
@@ -16,14 +16,27 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_condition import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from .audio import log_mel_spectrogram, read_reference
+from .attention_processor import check_text_mask
+from .audio import check_resampling, log_mel_spectrogram, read_reference
 from .denoising import TextContext
-from .inputs import Clip
+from .guidance import GuidanceScales, check_scale
+from .inputs import (
+    Clip,
+    check_choice,
+    check_condition_indices,
+    check_count,
+    check_frames,
+    check_latents,
+    check_positive,
+)
+from .media import fit_size
 from .reference import ReferenceBatch, pack_reference_latents
 
 
 # The released recipes shift their sigmas as if for this many video tokens, whatever the size (method section 4).
 FIXED_SHIFT_TOKENS = 4096
+RECIPE_STG_BLOCK = 29
+RECIPE_NUM_FRAMES = 121
 
 
 class LTX2IDLoRASteps(LTX2ConditionPipeline):
@@ -32,6 +45,191 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
     [`LTX2ConditionPipeline`].
     """
 
+    def default_size(
+        self,
+        height: int | None,
+        width: int | None,
+        num_frames: int | None,
+        images: list[PIL.Image.Image | None],
+        latents: torch.Tensor | None,
+    ) -> tuple[int, int, int | None]:
+        """
+        Height, width and frames, with what was left out filled in: from `latents`, else from the first image's aspect,
+        else 512 x 512; 121 frames, or `None` where a `duration_head` is to predict them.
+        """
+        if (height is None) != (width is None):
+            raise ValueError(f"`height` is {height} and `width` is {width}; give both or neither.")
+        if isinstance(latents, torch.Tensor) and latents.ndim == 5:
+            sizes = [size * self.vae_spatial_compression_ratio for size in latents.shape[3:]]
+            frames = (latents.shape[2] - 1) * self.vae_temporal_compression_ratio + 1
+            if height is not None and [height, width] != sizes or num_frames not in (None, frames):
+                raise ValueError(
+                    f"`height`, `width` and `num_frames` are {height}, {width} and {num_frames}, but `latents` are of"
+                    f" {sizes[0]}, {sizes[1]} and {frames}; leave them out."
+                )
+            return *sizes, frames
+        if height is None:
+            face = next((image for image in images if image is not None), None)
+            height, width = (512, 512) if face is None else fit_size(*face.size)
+        if num_frames is None and getattr(self, "duration_head", None) is None:
+            num_frames = RECIPE_NUM_FRAMES
+        return height, width, num_frames
+
+    def default_stg_blocks(self, blocks: Sequence[int] | None, scales: GuidanceScales) -> tuple[int, ...]:
+        """The blocks that STG perturbs: those given, else the recipe's, or the last one of a smaller model."""
+        num_blocks = self.transformer.config.num_layers
+        if blocks is None:
+            return (min(RECIPE_STG_BLOCK, num_blocks - 1),)
+        if not isinstance(blocks, (list, tuple)):
+            raise ValueError(f"`spatio_temporal_guidance_blocks` is {blocks!r}; give a list of block numbers.")
+        if scales.uses_stg and not blocks:
+            raise ValueError(
+                f"`spatio_temporal_guidance_blocks` is {blocks}; name at least one block, or set `stg_scale` to 0."
+            )
+        if not all(isinstance(block, int) and 0 <= block < num_blocks for block in blocks):
+            raise ValueError(
+                f"`spatio_temporal_guidance_blocks` is {list(blocks)}; this transformer's blocks are 0 to"
+                f" {num_blocks - 1}."
+            )
+        return tuple(blocks)
+
+    def check_inputs(
+        self,
+        prompt: list[str] | None,
+        height: int,
+        width: int,
+        *,
+        num_prompts: int,
+        num_frames: int | None,
+        frame_rate: float,
+        motion_speed: float,
+        num_inference_steps: int,
+        sigmas: Sequence[float] | None,
+        noise_scale: float | None,
+        num_videos_per_prompt: int,
+        max_sequence_length: int,
+        text_context: TextContext | None,
+        negative_text_context: TextContext | None,
+        uses_text_guidance: bool,
+        conditions: list[LTX2VideoCondition],
+        first_frame: str | None,
+        mask_reference_from_text: bool,
+        clips: list[list[Clip]],
+        image_crf: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        guidance_batching: str | int,
+        latents: torch.Tensor | None = None,
+        audio_latents: torch.Tensor | None = None,
+        **shared: Any,
+    ) -> None:
+        """
+        Raises a ValueError with the argument, its value and the remedy if a call can't work. `shared` goes to
+        [`LTX2ConditionPipeline.check_inputs`]; the other arguments are those of [`~LTX2IDLoRAPipeline.__call__`].
+        """
+        for name, value in (("frame_rate", frame_rate), ("motion_speed", motion_speed)):
+            check_positive(name, value)
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_videos_per_prompt", num_videos_per_prompt),
+            ("max_sequence_length", max_sequence_length),
+            ("height", height),
+            ("width", width),
+        ):
+            check_count(name, value)
+        check_frames(num_frames, self.vae_temporal_compression_ratio)
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        if isinstance(guidance_batching, str):
+            check_choice("guidance_batching", guidance_batching, ("sequential", "packed"))
+        else:
+            check_count("guidance_batching", guidance_batching)
+        if noise_scale is not None:
+            check_scale("noise_scale", noise_scale)
+        if image_crf is not None and not (isinstance(image_crf, int) and 0 <= image_crf <= 51):
+            raise ValueError(f"`image_crf` is {image_crf!r}; give a whole number from 0 to 51, or `None`.")
+        if num_inference_steps == 1 and sigmas is None and self.scheduler.config.get("shift_terminal"):
+            raise ValueError(
+                "`num_inference_steps` is 1, and one step can't be stretched to the scheduler's `shift_terminal`; take"
+                " at least 2 steps, or give `sigmas`."
+            )
+        if text_context is None:
+            self._check_sequence_length(max_sequence_length)
+        if num_frames is not None and audio_latents is None and self.audio_length(num_frames, frame_rate) < 1:
+            raise ValueError(
+                f"`num_frames` is {num_frames} at a `frame_rate` of {frame_rate}, too short for any sound; give more"
+                " frames."
+            )
+        for _, sampling_rate in (clip for row in clips for clip in row):
+            check_resampling(sampling_rate, self.audio_sampling_rate)
+        if num_frames is not None:
+            check_condition_indices(conditions, self._latent_size(height, width, num_frames)[0], first_frame)
+        if mask_reference_from_text:
+            check_text_mask(self.transformer.dtype)
+        if uses_text_guidance:
+            self._check_negative_context(text_context, negative_text_context, num_prompts, shared)
+        num_rows = num_prompts * num_videos_per_prompt
+        generators = generator if isinstance(generator, list) else []
+        if isinstance(generator, list) and len(generator) != num_rows:
+            raise ValueError(f"`generator` is a list of {len(generator)} for {num_rows} videos; give one for each.")
+        for item in generators or [generator]:
+            if item is not None and not isinstance(item, torch.Generator):
+                raise ValueError(f"`generator` holds a {type(item).__name__}; give a `torch.Generator`.")
+        check_latents("latents", latents, (num_rows, self.transformer.config.in_channels, None, None, None))
+        check_latents("audio_latents", audio_latents, (num_rows, *self._audio_latent_shape()))
+        super().check_inputs(
+            # diffusers knows nothing of a finished context, and would ask for a prompt.
+            prompt=[""] * num_prompts if text_context is not None else prompt,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            stg_scale=0.0,
+            audio_stg_scale=0.0,
+            **shared,
+        )
+
+    def _check_negative_context(
+        self,
+        text_context: TextContext | None,
+        negative_text_context: TextContext | None,
+        num_prompts: int,
+        shared: dict[str, Any],
+    ) -> None:
+        if negative_text_context is None:
+            if self.text_encoder is None and shared.get("negative_prompt_embeds") is None:
+                raise ValueError(
+                    "`negative_text_context` is missing and there is no text encoder to read `negative_prompt`; give"
+                    " it, or set `guidance_scale` to 1."
+                )
+            return
+        if negative_text_context.batch_size != num_prompts:
+            raise ValueError(
+                f"`negative_text_context` has {negative_text_context.batch_size} rows for {num_prompts} prompts; give"
+                " one row for each."
+            )
+        lengths = {item.video_embeds.shape[1] for item in (text_context, negative_text_context) if item is not None}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"`text_context` and `negative_text_context` have {sorted(lengths)} tokens; encode both with the same"
+                " `max_sequence_length`."
+            )
+
+    def _check_sequence_length(self, max_sequence_length: int) -> None:
+        config = self.connectors.config
+        for num_registers in (
+            config.video_connector_num_learnable_registers,
+            config.audio_connector_num_learnable_registers,
+        ):
+            if num_registers is not None and max_sequence_length % num_registers:
+                raise ValueError(
+                    f"`max_sequence_length` is {max_sequence_length}; give a multiple of the text connectors'"
+                    f" {num_registers} registers."
+                )
+
+    def _audio_latent_shape(self) -> tuple[int, None, int]:
+        """Channels, any length, and mel bins of audio latents."""
+        return self.audio_latent_channels, None, self.audio_mel_bins // self.audio_vae_mel_compression_ratio
+
+    @torch.no_grad()
     def encode_text_context(
         self,
         prompt: list[str] | None,
@@ -62,12 +260,14 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
             max_sequence_length=max_sequence_length,
             device=device,
         )
+        device = device or self._execution_device
         video_embeds, audio_embeds, attention_mask = self.connectors(
-            prompt_embeds, attention_mask, padding_side=self.tokenizer_padding_side
+            prompt_embeds.to(device), attention_mask.to(device), padding_side=self.tokenizer_padding_side
         )
         # Without a mask every attention kernel can be used; with learnable registers no token is ever masked.
         return TextContext(video_embeds, audio_embeds, None if attention_mask.all() else attention_mask)
 
+    @torch.no_grad()
     def encode_reference_audio(self, reference_audio: Any, sampling_rate: int | None = None) -> torch.Tensor:
         """
         One clip of a voice as audio latents (method section 1), for `reference_latents`.
@@ -89,6 +289,7 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
         ).to(self._execution_device, self.audio_vae.dtype)
         return retrieve_latents(self.audio_vae.encode(log_mel), sample_mode="argmax").float()
 
+    @torch.no_grad()
     def encode_image(self, image: PIL.Image.Image, height: int, width: int, image_crf: int | None = 0) -> torch.Tensor:
         """
         An image as the latents of a first frame, for `image_latents`: bilinear resize, centre crop, VAE.
@@ -240,7 +441,9 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
         """
         config = self.scheduler.config
         if sigmas is not None:
-            scheduler = self.scheduler.from_config(config, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
+            conversions = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+            unchanged = {name: False for name in ("use_dynamic_shifting", *conversions) if name in config}
+            scheduler = self.scheduler.from_config(config, **unchanged, shift=1.0, shift_terminal=None)
             scheduler.set_timesteps(sigmas=list(sigmas), device=device)
             return scheduler
         mu = calculate_shift(
@@ -313,7 +516,7 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
         video = self.vae.decode(latents, timestep, return_dict=False)[0]
         video = self.video_processor.postprocess_video(video, output_type=output_type)
         log_mel = self.audio_vae.decode(audio_latents.to(self.audio_vae.dtype), return_dict=False)[0]
-        return video, self.vocoder(log_mel)
+        return video, self.vocoder(log_mel.to(self.vocoder.dtype))
 
 
 def _per_row(value: float | list[float], latents: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,10 @@ class IDLoRAPrompt:
 
     def __post_init__(self):
         for part in fields(self):
-            value = getattr(self, part.name).strip()
+            value = getattr(self, part.name)
+            if not isinstance(value, str):
+                raise ValueError(f"`{part.name}` is of the type {type(value).__name__}; give a string.")
+            value = value.strip()
             if tag := _TAG.search(value):
                 raise ValueError(f"`{part.name}` contains the tag {tag[0]!r}: {value!r}; write the text without tags.")
             object.__setattr__(self, part.name, value)

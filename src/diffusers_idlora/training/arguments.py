@@ -128,6 +128,12 @@ class TrainingArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give a probability between 0 and 1.")
         if not (math.isfinite(self.audio_loss_weight) and self.audio_loss_weight >= 0):
             raise ValueError(f"`audio_loss_weight` is {self.audio_loss_weight}; give a number that is 0 or larger.")
+        if self.use_dora and self.also_original_format:
+            raise ValueError("`also_original_format` has no form for a DoRA; leave it out, or `use_dora`.")
+        if self.mixed_precision == "fp16" and self.mask_reference_from_text:
+            raise ValueError(
+                "`mask_reference_from_text` can't be had in float16; take `mixed_precision` bf16, or switch it off."
+            )
         if self.hub_token is not None and self.report_to == "wandb":
             raise ValueError("`hub_token` would be sent to wandb with the settings; run `hf auth login` instead.")
 

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.utils import logging
@@ -12,8 +13,10 @@ from .arguments import TrainingArguments
 from .hub import PublishError, publish, save_trained_adapter
 from .model_card import write_model_card
 from .record import TrainingRecord
-from .trainer import Trainer
 
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 logger = logging.get_logger(__name__)
 
@@ -21,7 +24,7 @@ RECORD_NAME = "training_record.json"
 PLOT_NAME = "loss.png"
 
 
-def make_record(trainer: Trainer) -> TrainingRecord:
+def make_record(trainer: "Trainer") -> TrainingRecord:
     """The facts of a run that outlive it."""
     arguments, samples = trainer.arguments, trainer.samples
     rows = getattr(samples, "rows", [])
@@ -62,7 +65,7 @@ def make_record(trainer: Trainer) -> TrainingRecord:
     )
 
 
-def _device_name(trainer: Trainer) -> str:
+def _device_name(trainer: "Trainer") -> str:
     device = trainer.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{trainer.accelerator.num_processes} x {name}"
@@ -94,7 +97,7 @@ def plot_losses(table: Path, picture: Path) -> None:
     pyplot.close(figure)
 
 
-def finish(trainer: Trainer, videos: list[Path]) -> str | None:
+def finish(trainer: "Trainer", videos: list[Path]) -> str | None:
     """
     Saves the adapter with its record, card and plot, and publishes it if asked to. To be called by the main process.
 

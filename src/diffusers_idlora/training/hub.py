@@ -44,6 +44,7 @@ NOT_PUBLISHED = (
     "logs/*",
     "wandb/*",
     "*.log",
+    "training_record.json",
     "*events.out.tfevents*",
     "*.bin",
     "*.pt",

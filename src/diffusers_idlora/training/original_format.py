@@ -78,7 +78,7 @@ class OriginalFormatFolder(torch.utils.data.Dataset):
     @cached_property
     def shapes(self) -> list[tuple[int, int, int]]:
         """Latent `(F, h, w)` of every sample."""
-        return [tuple(_video_latents(_load(files[0]), files[0]).shape[1:]) for files in self._files]
+        return [tuple(_video_latents(_load(files[0], lazily=True), files[0]).shape[1:]) for files in self._files]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -130,9 +130,11 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path, lazily: bool = False) -> dict[str, Any]:
+    # Mapped tensors cost no reading, but kill the process if the file changes while they are held.
+    mapped = lazily and zipfile.is_zipfile(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"`instance_data_root` holds {str(file)!r}, which is damaged or not made of plain tensors; nothing else "

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ from ..media import read_video, replaced_when_complete
 from .arguments import TrainingArguments
 from .batches import BatchOrder, SampleDraw, collate
 from .checkpoints import check_same_run, find_checkpoint, save_checkpoint
-from .hub import check_hub_access
+from .finish import make_record, publish_folder
+from .hub import check_hub_access, save_trained_adapter
 from .objective import Objective
 from .original_format import OriginalFormatFolder
 from .samples import SampleFolder, TrainingSample
@@ -183,7 +185,7 @@ class Trainer:
                     bar.update()
                     bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['learning_rate']:.2e}")
                     if self.step % arguments.checkpointing_steps == 0:
-                        self.save()
+                        self._publish_checkpoint(self.save())
                     if arguments.validation_steps and self.step % arguments.validation_steps == 0:
                         self.validate(attention)
             if self.step % arguments.checkpointing_steps:
@@ -252,6 +254,14 @@ class Trainer:
                 f"{self.bad_steps} steps had a loss or gradient that is not finite; lower `learning_rate`, or use"
                 " `mixed_precision` bf16 or no. The last checkpoint is intact."
             )
+
+    def _publish_checkpoint(self, checkpoint: Path) -> None:
+        arguments = self.arguments
+        if not arguments.push_checkpoints or not self.accelerator.is_main_process:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_trained_adapter(folder, self.transformer, make_record(self))
+            publish_folder(arguments, Path(folder), path_in_repo=checkpoint.name)
 
     @property
     def was_stopped(self) -> bool:
