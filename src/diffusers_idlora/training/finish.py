@@ -57,12 +57,19 @@ def make_record(trainer: "Trainer") -> TrainingRecord:
         optimizer=arguments.optimizer,
         lr_scheduler=arguments.lr_scheduler,
         seed=arguments.seed,
+        resolution=_resolutions(trainer),
         frame_rate=samples[0].frame_rate,
         dtype=str(trainer.weight_dtype).removeprefix("torch."),
         device=_device_name(trainer),
         # The released recipe's scale; a run that measures a better one may say so.
         recommended={"identity_guidance_scale": 3.0},
     )
+
+
+def _resolutions(trainer: "Trainer") -> str:
+    temporal, vertical, horizontal = trainer.transformer.config.vae_scale_factors
+    sizes = {(w * horizontal, h * vertical, (f - 1) * temporal + 1) for f, h, w in trainer.samples.shapes}
+    return ", ".join("x".join(map(str, size)) for size in sorted(sizes))
 
 
 def _device_name(trainer: "Trainer") -> str:
