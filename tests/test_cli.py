@@ -5,24 +5,31 @@ import inspect
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+import typer
 from typer.testing import CliRunner
 
 from conftest import families
 from diffusers_idlora import LTX2IDLoRAPipeline
-from diffusers_idlora.cli import app
-from diffusers_idlora.generation import Clip, clip_of_row, path_inside
+from diffusers_idlora.adapter_files import save_adapter
+from diffusers_idlora.cli import OneLineErrors, app
+from diffusers_idlora.generation import Clip, checkpoint_sha256, generate_clip, load_models, read_record
 from diffusers_idlora.media import file_sha256, read_video
-from diffusers_idlora.settings import ClipSettings, ModelSettings, checked_values
+from diffusers_idlora.prompts_file import clip_of_row, path_inside, read_prompts_file
+from diffusers_idlora.settings import ClipSettings, ModelSettings
+from diffusers_idlora.values import checked_values
 
 
 # Small and quick: 2 steps and one pass each, but the real main path.
@@ -52,6 +59,14 @@ def assert_one_line_error(result, *words):
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1, result.stderr
     for word in words:
         assert word in result.stderr
+
+
+def one_command(function):
+    """A command line of the same kind that only runs the function."""
+    other = typer.Typer(cls=OneLineErrors)
+    other.callback()(lambda: None)
+    other.command("run")(lambda: function() and None)
+    return other
 
 
 def leftovers(folder):
@@ -90,6 +105,27 @@ def generated(inputs, tmp_path_factory):
     return output
 
 
+def copied(generated, folder, with_mp4=True):
+    """The generated clip's record, and its mp4 too, under the same names in another folder."""
+    if with_mp4:
+        shutil.copy(generated, folder)
+    return Path(shutil.copy(generated.with_suffix(".json"), folder))
+
+
+def generated_base(generated):
+    return read_record(generated.with_suffix(".json"))[0].base
+
+
+def quick_record(generated, folder):
+    """The record of a clip as quick to make as `QUICK`, beside no mp4."""
+    record = json.loads(generated.with_suffix(".json").read_text())
+    record["settings"] |= {"num_frames": 9, "width": 64, "guidance_scale": 1.0, "audio_guidance_scale": 1.0}
+    record["settings"] |= {"stg_scale": 0.0, "modality_scale": 1.0}
+    path = folder / "again.json"
+    path.write_text(json.dumps(record))
+    return path
+
+
 class TestGenerate:
     def test_mp4_has_the_frames_the_size_and_the_rate_that_were_asked_for(self, generated):
         frames, frame_rate, _, _ = read_video(generated)
@@ -126,6 +162,7 @@ class TestGenerate:
         }
         paths = {"lora": inputs[3], "image": inputs[5], "reference_audio": inputs[7]}
         expected = {name: [{"path": str(path), "sha256": file_sha256(path)}] for name, path in paths.items()}
+        assert len(record["files"].pop("base")) == 1
         assert record["files"] == expected
         assert record["output"]["sha256"] == file_sha256(generated)
         assert (record["output"]["num_frames"], record["output"]["width"], record["output"]["height"]) == (17, 96, 64)
@@ -170,6 +207,109 @@ class TestGenerate:
         result = invoke(*arguments, "--overwrite")
         assert result.exit_code == 0, result.output
         assert len(read_video(output)[0]) == 9
+
+    def test_from_a_record_whose_mp4_is_gone_the_mp4_is_made_beside_it(self, generated, tmp_path):
+        path = quick_record(generated, tmp_path)
+        result = invoke("generate", "--from", path)
+        assert result.exit_code == 0, result.output
+        assert leftovers(tmp_path) == ["again.json", "again.mp4"]
+        assert Clip(read_record(path)[1], tmp_path / "again.mp4").is_done
+        assert_one_line_error(invoke("generate", "--from", path), "`output`", "already there", "--overwrite")
+
+    def test_a_record_of_other_settings_is_not_replaced(self, generated, tmp_path):
+        path = quick_record(generated, tmp_path)
+        before = path.read_bytes()
+        assert_one_line_error(invoke("generate", "--from", path, "--seed", 8), "again.json is already there")
+        assert path.read_bytes() == before
+
+    def test_a_file_that_appears_meanwhile_is_left_alone(self, inputs, tmp_path):
+        models = ModelSettings(base=str(inputs[1]), dtype="float32", device="cpu")
+        settings = ClipSettings(prompt="x", height=64, width=64, num_frames=9, steps=2, max_sequence_length=16)
+        clip = Clip(settings, tmp_path / "out.mp4")
+        clip.check()
+
+        def report(stage, done, total):
+            if stage == "Writing":
+                clip.output.write_bytes(b"mine")
+
+        with pytest.raises(ValueError, match="`output` .*out.mp4 or its record has appeared meanwhile"):
+            generate_clip(load_models(models), models, clip, report)
+        assert leftovers(tmp_path) == ["out.mp4"] and clip.output.read_bytes() == b"mine"
+
+    def test_a_full_disk_is_one_clear_sentence_that_names_the_output(self, inputs, tmp_path):
+        found = resource.getrlimit(resource.RLIMIT_FSIZE)
+        arguments = ("generate", *inputs[:4], "--prompt", "x", *QUICK, "-o", tmp_path / "out.mp4")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, found[1]))
+        try:
+            result = invoke(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, found)
+        assert_one_line_error(result, "`output`", str(tmp_path / "out.mp4"), "cannot be written")
+        assert leftovers(tmp_path) == []
+
+    def test_a_dangling_link_is_already_there(self, inputs, tmp_path):
+        output = tmp_path / "out.mp4"
+        output.symlink_to(tmp_path / "nowhere.mp4")
+        assert_one_line_error(invoke("generate", *inputs, "--prompt", "x", "-o", output), "`output`", "already there")
+        assert output.is_symlink()
+
+    def test_names_that_are_not_text_are_kept_as_they_are(self, inputs, tmp_path):
+        face = Path(shutil.copy(inputs[5], os.path.join(tmp_path, "f\udcff.png")))
+        folder = tmp_path / "clips\udcff"
+        arguments = (*inputs[:4], *inputs[6:], "--image", face, "--prompt", "x", *QUICK, "-o", folder / "o\udcff.mp4")
+        result = invoke("generate", *arguments)
+        assert result.exit_code == 0, result.output
+        assert result.stdout_bytes.endswith(b"clips\xff/o\xff.mp4\n")
+        assert read_record(folder / "o\udcff.json")[1].image == str(face)
+
+    def test_a_home_folder_is_understood_in_every_path(self, inputs, generated, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        copied(generated, tmp_path)
+        (tmp_path / "base").symlink_to(inputs[1])
+        for path in (inputs[3], inputs[5]):
+            shutil.copy(path, tmp_path)
+        arguments = ("--base", "~/base", "--lora", f"~/{inputs[3].name}", "--image", f"~/{inputs[5].name}", *QUICK)
+        result = invoke("generate", *arguments, "--prompt", "x", "-o", "~/new/x.mp4")
+        assert result.exit_code == 0, result.output
+        assert leftovers(tmp_path / "new") == ["x.json", "x.mp4"]
+        assert_one_line_error(invoke("generate", "--from", "~/out.json"), str(tmp_path / "out.mp4"))
+        assert_one_line_error(invoke("generate", "--prompts-file", "~/no.jsonl", "-o", "~/x"), str(tmp_path))
+
+    def test_words_and_numbers_are_told_apart_where_both_will_do(self, inputs, tmp_path):
+        output = tmp_path / "out.mp4"
+        options = ("--guidance-batching", 2, "--image-crf", "default")
+        result = invoke("generate", *inputs, "--prompt", "x", *QUICK, *options, "-o", output)
+        assert result.exit_code == 0, result.output
+        settings = read_record(output.with_suffix(".json"))[1]
+        assert (settings.guidance_batching, settings.image_crf) == (2, "default")
+        assert settings.call_arguments()["image_crf"] is None
+
+    def test_a_changed_base_is_noticed(self, generated, inputs, tmp_path):
+        base = Path(shutil.copytree(inputs[1], tmp_path / "base"))
+        assert checkpoint_sha256(base) == checkpoint_sha256(inputs[1])
+        record = json.loads(generated.with_suffix(".json").read_text())
+        record["models"]["base"] = str(base)
+        path = tmp_path / "record.json"
+        path.write_text(json.dumps(record))
+        config = base / "scheduler" / "scheduler_config.json"
+        config.write_text(config.read_text().replace("0.95", "0.96"))
+        result = invoke("generate", "--from", path, "-o", tmp_path / "out.mp4")
+        assert_one_line_error(result, "`base`", str(base), "has changed", "--force")
+
+    def test_the_recorded_commit_of_the_base_is_the_one_that_is_loaded(self, generated, tmp_path):
+        record = json.loads(generated.with_suffix(".json").read_text())
+        record["models"] |= {"base": "nobody/nothing", "base_revision": "0" * 40}
+        path = tmp_path / "record.json"
+        path.write_text(json.dumps(record))
+        cache = tmp_path / "hub" / "models--nobody--nothing" / "snapshots" / ("0" * 40)
+        shutil.copytree(generated_base(generated), cache)
+        result = run(
+            *("generate", "--from", path, *QUICK[-6:], "-o", tmp_path / "out.mp4"),
+            HF_HUB_CACHE=str(tmp_path / "hub"),
+            HF_HUB_OFFLINE="1",
+        )
+        assert result.returncode == 0, result.stderr
+        assert read_record(tmp_path / "out.json")[0].base_revision == "0" * 40
 
     def test_an_input_is_never_written_over(self, generated, inputs, tmp_path):
         video = shutil.copy(generated, tmp_path / "voice.mp4")
@@ -239,6 +379,78 @@ class TestPromptsFile:
         assert rerun.stdout.count("is already there") == 2
         assert file_sha256(folder / "first.mp4") == before
 
+    def test_rows_that_cannot_even_be_looked_at_do_not_stop_the_others(self, inputs, tmp_path):
+        rows = [
+            json.dumps({"prompt": "a", "output_name": "x" * 300}),
+            '{"prompt": "a", "guidance_scale": 1' + "0" * 400 + "}",
+            '{"prompt": "a", "seed": 1' + "0" * 400 + "}",
+            "[" * 100_000,
+            "null",
+            json.dumps({"prompt": "a", "output_name": "\0"}),
+            json.dumps({"prompt": "a", "output_name": "\ud800"}),
+            json.dumps({"prompt": "a", "image": "x" * 300}),
+            json.dumps({"prompt": "\ud800"}),
+            json.dumps({"prompt": "a\u2028b\u0085c", "num-frames": 9, "output": "v1.0"}, ensure_ascii=False),
+        ]
+        prompts = tmp_path / "prompts.jsonl"
+        # The deep row must not stand first, where it would look like a JSON list.
+        prompts.write_text("\n".join(rows))
+        folder = tmp_path / "clips"
+        result = invoke("generate", *inputs[:4], *QUICK, "--prompts-file", prompts, "-o", folder)
+        assert result.exit_code == 1
+        lines = result.stderr.splitlines()
+        assert [line.split(":")[1].strip() for line in lines] == [f"row {index}" for index in range(9)]
+        for line, word in zip(
+            lines, ("output", "guidance_scale", "seed", "JSON", "None", "output", "output", "image")
+        ):
+            assert word in line and len(line) < 1000
+        assert "`prompt`" in lines[8] and "UTF-8" in lines[8]
+        assert leftovers(folder) == ["v1.0.json", "v1.0.mp4"]
+        assert read_record(folder / "v1.0.json")[1].prompt == "a\u2028b\u0085c"
+
+    def test_an_mp4_without_a_matching_record_is_taken_for_the_users(self, generated, inputs, tmp_path):
+        prompts = tmp_path / "prompts.json"
+        prompts.write_text(json.dumps([{"prompt": "a", "output": "out"}]))
+        folder = tmp_path / "clips"
+        folder.mkdir()
+        copied(generated, folder)
+        (folder / "out.mp4").write_bytes(b"mine")
+        result = invoke("generate", *inputs[:4], "--prompts-file", prompts, "-o", folder)
+        assert result.exit_code == 1
+        for word in ("row 0", "out.mp4 is already there", "move it away", "--overwrite"):
+            assert word in result.stderr
+        assert (folder / "out.mp4").read_bytes() == b"mine"
+
+    def test_a_run_killed_between_record_and_mp4_is_finished_by_the_next(self, inputs, tmp_path):
+        prompts = tmp_path / "prompts.json"
+        prompts.write_text(json.dumps([{"prompt": "a", "output": "out"}]))
+        folder = tmp_path / "clips"
+        arguments = ("generate", *inputs[:4], *QUICK, "--prompts-file", prompts, "-o", folder)
+        assert invoke(*arguments).exit_code == 0
+        (folder / "out.mp4").unlink()
+        result = invoke(*arguments)
+        assert result.exit_code == 0, result.output
+        assert leftovers(folder) == ["out.json", "out.mp4"]
+        assert invoke(*arguments).stdout == f"{folder / 'out.mp4'} is already there\n"
+
+    def test_a_changed_row_that_is_already_there_is_a_warning(self, generated, inputs, tmp_path):
+        prompts = tmp_path / "prompts.json"
+        prompts.write_text(json.dumps([{"prompt": "a", "output": "out"}]))
+        folder = tmp_path / "clips"
+        folder.mkdir()
+        copied(generated, folder)
+        result = invoke("generate", *inputs[:4], "--steps", 9, "--prompts-file", prompts, "-o", folder)
+        assert result.exit_code == 0 and "is already there" in result.stdout
+        assert result.stderr.startswith("Warning: row 0") and result.stderr.count("\n") == 1
+        for word in ("steps", "prompt", "--overwrite"):
+            assert word in result.stderr
+        assert "seed" not in result.stderr
+
+    def test_only_line_feeds_separate_rows_and_blank_lines_are_no_rows(self, tmp_path):
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n\r\n  \nnull\n'.encode())
+        assert read_prompts_file(prompts) == [{"prompt": "a\u2028b"}, None]
+
     def test_a_row_that_fails_in_the_model_does_not_stop_the_others(self, inputs, tmp_path):
         rows = [{"prompt": "a", "stg_blocks": [77], "stg_scale": 1.0}, {"prompt": "b"}]
         prompts = tmp_path / "prompts.json"
@@ -246,10 +458,12 @@ class TestPromptsFile:
         folder = tmp_path / "clips"
         result = invoke("generate", *inputs[:4], *QUICK, "--prompts-file", prompts, "-o", folder)
         assert result.exit_code == 1
-        assert "row 0" in result.stderr and "77" in result.stderr
+        assert "row 0: `stg_blocks`" in result.stderr and "77" in result.stderr
         assert leftovers(folder) == ["0001.json", "0001.mp4"]
 
-    @pytest.mark.parametrize("name", ["/tmp/x.mp4", "../x.mp4", "a/../../x.mp4", "..\\x.mp4", "C:\\x.mp4", "", "."])
+    @pytest.mark.parametrize(
+        "name", ["/tmp/x.mp4", "../x.mp4", "a/../../x.mp4", "..\\x.mp4", "C:\\x.mp4", "", ".", "~/x"]
+    )
     def test_an_output_outside_of_the_folder_is_refused(self, name, tmp_path):
         with pytest.raises(ValueError, match="`output`"):
             path_inside(tmp_path, name)
@@ -268,7 +482,9 @@ class TestPromptsFile:
             ({"prompt": "a", "steps": "3"}, "`steps` must be of type int, but it is '3'"),
             ({"prompt": "a", "identity_schedule": "fast"}, "`identity_schedule` must be one of constant"),
             ({"prompt": "a", "speech": "b"}, "`prompt` and `speech`"),
-            ({"image": "a.png", "first_frame_path": "b.png"}, "`first_frame_path` and `image`"),
+            ({"image": "a.png", "first_frame_path": "b.png"}, "`image` is given twice, once as `first_frame_path`"),
+            ({"prompt": "a", "num-frames": 9, "num_frames": 9}, "`num_frames` is given twice"),
+            ({"prompt": "a", "guidance_batching": "fast"}, "`guidance_batching` must be one of sequential, packed or"),
             (["a"], "a row must be an object"),
         ],
     )
@@ -281,6 +497,9 @@ class TestPromptsFile:
         prompts.write_text(json.dumps([{"prompt": "", "output": "a"}, {"prompt": "b", "output": "a.mp4"}]))
         result = invoke("generate", *inputs[:4], "--prompts-file", prompts, "-o", tmp_path / "clips")
         assert result.exit_code == 1
+        assert "earlier row" in result.stderr.splitlines()[1]
+        prompts.write_text(json.dumps([{"prompt": "", "output": "s.mp4"}, {"prompt": "b", "output": "s.MP4"}]))
+        result = invoke("generate", *inputs[:4], "--prompts-file", prompts, "-o", tmp_path / "clips")
         assert "earlier row" in result.stderr.splitlines()[1]
 
 
@@ -300,8 +519,26 @@ class TestErrors:
             (["--stg-scale", "nan"], ["`stg_scale`", "nan"]),
             (["--steps", 0], ["`steps`", "0"]),
             (["--frame-rate", 0], ["`frame_rate`", "0"]),
+            (["--frame-rate", 2000], ["`frame_rate`", "1000", "2000"]),
+            (["--height", 10**9], ["`height`", "8192"]),
+            (["--num-frames", 8 * 10**9 + 1], ["`num_frames`", "10001"]),
+            (["--steps", 10**14], ["`steps`", "10000"]),
+            (["--max-sequence-length", 8 * 10**10], ["`max_sequence_length`", "16384"]),
+            (["--seed", 2**63], ["`seed`"]),
+            (["--lora-scale", "nan"], ["`lora_scale`", "nan"]),
+            (["--image-crf", 52], ["`image_crf`", "51"]),
+            (["--image-crf", "best"], ["`image_crf`", "default"]),
+            (["--guidance-batching", 0], ["`guidance_batching`", "0"]),
+            (["--identity-stop", 1.5], ["`identity_stop`", "1.5"]),
+            (["--prompt", "a\udcff"], ["`prompt`", "UTF-8"]),
+            (["--device", "meta"], ["`device`", "meta"]),
+            (["--lora", ""], ["`lora`", "empty"]),
+            (["--lora", "x" * 300], ["`lora`"]),
+            (["--image", "x" * 300], ["`image`"]),
+            (["--output", ""], ["`output`", "''"]),
+            (["--output", "x" * 300 + ".mp4"], ["`output`", "250"]),
             (["--sigmas", 0.5, "--sigmas", 0.9], ["`sigmas`", "0.9"]),
-            (["--identity-start", 0.5, "--identity-stop", 0.4], ["`start`", "0.5", "0.4"]),
+            (["--identity-start", 0.5, "--identity-stop", 0.4], ["`identity_start`", "`identity_stop`", "0.5", "0.4"]),
             (["--image", "missing.png"], ["`image`", "missing.png"]),
             (["--reference-audio", "missing.wav"], ["`reference_audio`", "missing.wav"]),
             (["--reference-audio", __file__], ["`reference_audio`", "test_cli.py"]),
@@ -309,7 +546,7 @@ class TestErrors:
             (["--prompt", "[SMELL]: roses"], ["[SMELL]"]),
             (["--device", "abacus"], ["`device`", "abacus"]),
             (["--device", "cpu", "--offload", "model"], ["`offload`", "cpu"]),
-            (["--offload", "moon"], ["--offload", "moon"]),
+            (["--offload", "moon"], ["`offload`", "moon", "sequential"]),
             (["--lora", "missing.safetensors"], ["`lora`", "missing.safetensors"]),
             (["--base", "nobody/nothing"], ["`base`", "nobody/nothing"]),
             (["--output", "out.avi"], ["`output`", "out.avi", ".mp4"]),
@@ -339,6 +576,59 @@ class TestErrors:
         arguments = ("generate", "--base", base, "--prompt", "x", *QUICK, "-o", tmp_path / "out.mp4")
         assert_one_line_error(invoke(*arguments), "`base`", str(base))
 
+    def test_a_pipeline_of_another_class_is_one_clear_sentence(self, inputs, tmp_path):
+        base = Path(shutil.copytree(inputs[1], tmp_path / "base"))
+        index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+        (base / "model_index.json").write_text(json.dumps(index))
+        result = invoke("generate", "--base", base, "--prompt", "x", *QUICK, "-o", tmp_path / "out.mp4")
+        assert_one_line_error(result, "`base`", str(base), "StableDiffusionPipeline")
+
+    def test_an_adapter_is_called_what_the_command_calls_it(self, inputs, tiny_adapter, tmp_path):
+        base, lora = inputs[1], tiny_adapter("ltx-2")
+        result = invoke("generate", "--base", base, "--lora", lora, "--prompt", "x", "-o", tmp_path / "a.mp4")
+        assert_one_line_error(result, "`lora`")
+        folder = tmp_path / "several"
+        folder.mkdir()
+        for name in ("a", "b"):
+            shutil.copy(lora, folder / f"{name}.safetensors")
+        result = invoke("generate", "--base", base, "--lora", folder, "--prompt", "x", "-o", tmp_path / "a.mp4")
+        assert_one_line_error(result, "`lora_weight_name`")
+        assert_one_line_error(invoke("inspect", folder), "`ADAPTER`", "`weight_name`")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"models": None},
+            {"settings": {"steps": "many"}},
+            {"settings": {"unknown": 1}},
+            {"files": {"image": [{"path": "a"}]}},
+            {"files": [1]},
+            {"output": {}},
+            {"versions": None},
+        ],
+    )
+    def test_a_malformed_record_is_one_clear_sentence_that_names_it(self, change, generated, tmp_path):
+        record = json.loads(generated.with_suffix(".json").read_text())
+        path = tmp_path / "record.json"
+        path.write_text(json.dumps(record | change))
+        assert_one_line_error(invoke("generate", "--from", path, "-o", tmp_path / "o.mp4"), "`from`", str(path))
+        path.write_text("[" * 100_000)
+        assert_one_line_error(invoke("generate", "--from", path, "-o", tmp_path / "o.mp4"), "`from`", str(path))
+
+    @pytest.mark.parametrize("allocate", [lambda: bytearray(2**62), lambda: torch.empty(2**50)])
+    def test_memory_that_runs_out_is_one_line_and_exit_code_1(self, allocate):
+        result = CliRunner().invoke(one_command(allocate), ["run"])
+        assert result.exit_code == 1
+        assert "memory is full" in result.stderr and result.stderr.count("\n") == 1
+
+    def test_help_cuts_no_name_of_an_option_in_a_terminal_of_80_columns(self):
+        for command in ("generate", "demo", "inspect"):
+            result = invoke(command, "--help", COLUMNS="80", TERMINAL_WIDTH="80")
+            assert result.exit_code == 0 and "…" not in result.stdout
+        words = invoke("generate", "--help", COLUMNS="80", TERMINAL_WIDTH="80").stdout.split()
+        for field in (*dataclasses.fields(ModelSettings), *dataclasses.fields(ClipSettings)):
+            assert f"--{field.name.replace('_', '-')}" in words
+
     def test_a_reference_without_an_adapter_is_a_warning(self, inputs, tmp_path):
         output = tmp_path / "out.mp4"
         result = invoke("generate", *inputs[:2], *inputs[4:], "--prompt", "x", *QUICK, "-o", output)
@@ -359,6 +649,15 @@ class TestInspect:
         assert "Rank" in result.stdout and "4" in result.stdout
         assert "Made for" in result.stdout.splitlines()[-1]
 
+    @pytest.mark.parametrize(("widths", "words"), [((4096, 2048), "LTX-2 or LTX-2.3"), ((4096, 1024), "not name")])
+    def test_says_where_the_shapes_fit_both_generations(self, widths, words, tmp_path):
+        weights = {}
+        for module, width in zip(("attn1", "audio_attn1"), widths):
+            for side, shape in (("A", (2, width)), ("B", (width, 2))):
+                weights[f"diffusion_model.transformer_blocks.0.{module}.to_q.lora_{side}.weight"] = torch.ones(shape)
+        path = save_adapter(tmp_path / "lora.safetensors", weights)
+        assert words in invoke("inspect", path).stdout.splitlines()[-1]
+
     def test_a_file_that_is_no_adapter_is_one_clear_sentence(self, voice_wav):
         assert_one_line_error(invoke("inspect", voice_wav), str(voice_wav), "safetensors")
 
@@ -372,8 +671,27 @@ class TestDemo:
         frames, frame_rate, waveform, sampling_rate = read_video(output)
         assert frames.shape[1:] == (128, 128, 3) and frames.std() > 0
         assert abs(len(frames) / frame_rate - waveform.shape[1] / sampling_rate) < 0.1
+        assert result.stderr == ""
+        for weights in (tmp_path / "cache").rglob("*.safetensors"):
+            weights.write_bytes(b"damaged")
         again = invoke("demo", "-o", output, XDG_CACHE_HOME=str(tmp_path / "cache"))
         assert again.exit_code == 0, again.output
+        assert len(leftovers(tmp_path / "cache" / "diffusers_idlora")) == 1
+
+    def test_two_first_runs_at_once_share_one_cache(self, tmp_path):
+        with ThreadPoolExecutor(2) as pool:
+            results = pool.map(
+                lambda name: run("demo", "-o", tmp_path / name, XDG_CACHE_HOME=str(tmp_path / "cache")),
+                ("a.mp4", "b.mp4"),
+            )
+        for result in results:
+            assert result.returncode == 0, result.stderr
+        assert len(leftovers(tmp_path / "cache" / "diffusers_idlora")) == 1
+
+    def test_a_cache_that_cannot_be_written_is_one_clear_sentence(self, tmp_path):
+        (tmp_path / "file").write_bytes(b"")
+        result = invoke("demo", "-o", tmp_path / "demo.mp4", XDG_CACHE_HOME=str(tmp_path / "file"))
+        assert_one_line_error(result, str(tmp_path / "file"), "XDG_CACHE_HOME")
 
     def test_the_older_generation_runs_too_and_what_is_not_its_own_is_kept(self, tmp_path):
         output, cache = tmp_path / "demo.mp4", str(tmp_path / "cache")
@@ -383,6 +701,8 @@ class TestDemo:
         result = invoke("demo", "--family", "ltx2", "-o", output, XDG_CACHE_HOME=cache)
         assert result.exit_code == 2 and "already there" in result.stderr
         assert output.read_bytes() == b"mine"
+        result = invoke("demo", "--family", "ltx2", "--overwrite", "-o", output, XDG_CACHE_HOME=cache)
+        assert result.exit_code == 0, result.output
 
     def test_an_unknown_family_is_one_clear_sentence(self, tmp_path):
         result = invoke(

@@ -1,5 +1,6 @@
 """Images in, mp4 out and back, on real files."""
 
+import errno
 import hashlib
 import io
 import math
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from diffusers_idlora.media import (
     MP4_TAGS,
+    appearing_together,
     check_output_path,
     file_sha256,
     fit_size,
@@ -557,6 +559,49 @@ def test_a_file_is_replaced_only_when_the_block_succeeds(tmp_path):
         temporary.write_text("second")
         raise KeyboardInterrupt
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_files_appear_together_or_not_at_all(tmp_path):
+    paths = [tmp_path / "a.json", tmp_path / "a.mp4"]
+    with appearing_together(paths) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+        assert not any(path.exists() for path in paths)
+    assert sorted(tmp_path.iterdir()) == paths and paths[1].stat().st_nlink == 1
+
+    others = [tmp_path / "b.json", tmp_path / "a.mp4"]
+    with pytest.raises(FileExistsError), appearing_together(others) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("newer")
+    assert sorted(tmp_path.iterdir()) == paths and paths[1].read_text() == "new"
+
+    with appearing_together(others, replace=[paths[1]]) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("newer")
+    assert others[0].read_text() == others[1].read_text() == "newer"
+
+
+def test_where_links_are_unknown_a_file_is_still_not_replaced(tmp_path, monkeypatch):
+    def no_links(source, target):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "a.txt"
+    for text in ("first", "second"):
+        try:
+            with appearing_together([path]) as (temporary,):
+                temporary.write_text(text)
+        except FileExistsError:
+            assert text == "second"
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_no_folder_can_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`output` must have a name of at most 250 bytes"):
+        check_output_path(tmp_path / "new" / ("x" * 300 + ".mp4"), create=True)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="`image` must be an existing file"):
+        load_image(tmp_path / ("x" * 300))
 
 
 def test_the_sha256_is_that_of_the_content(tmp_path):

@@ -59,7 +59,7 @@ def find_adapter_file(
     """
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"`{name}` is {source!r}: give a safetensors file, a folder, a Hub repository or a dict.")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     for argument, filename in ((name, path.name), ("weight_name", weight_name or "")):
         if filename.lower().endswith(_PICKLE_SUFFIXES):
             raise ValueError(
@@ -68,9 +68,9 @@ def find_adapter_file(
             )
     if weight_name is not None and not weight_name.endswith(".safetensors"):
         raise ValueError(f"`weight_name` is {weight_name!r}: name a .safetensors file.")
-    if path.is_file():
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         return _find_in_folder(path / (subfolder or ""), weight_name, name)
     is_path = isinstance(source, os.PathLike) or source.startswith(("/", ".", "~")) or source.endswith(".safetensors")
     if is_path or len(path.parts) > 2:

@@ -52,7 +52,8 @@ def open_media(path: str | os.PathLike, name: str = "path") -> Iterator["av.cont
     """
     # An absolute path: FFmpeg would take what stands before the colon of `take:2.wav` for a protocol.
     file = Path(path).absolute()
-    if not file.is_file():
+    # Not `Path.is_file`, which fails on a name that is too long or lies in a locked folder.
+    if not os.path.isfile(file):
         raise ValueError(f"`{name}` must be an existing file, but {str(path)!r} is none: check the path.")
     try:
         # Tags of old recordings are often not UTF-8, which is no reason to refuse the sound.

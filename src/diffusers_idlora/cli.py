@@ -13,9 +13,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -24,15 +23,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
-from . import generation
+from . import cli_adapters, generation, prompts_file
 from .generation import Clip
-from .settings import ClipSettings, ModelSettings, alternatives, with_absolute_models, with_absolute_paths
+from .settings import ClipSettings, ModelSettings, with_absolute_models, with_absolute_paths
+from .values import alternatives, checked_value, user_path
 
 
 # Not by `__name__`, which is `__main__` under `python -m`.
 logger = logging.getLogger(f"{__package__}.cli")
 # Progress, warnings and errors; what a command answers goes to standard output.
 console = Console(stderr=True)
+# The libraries that are silenced, and what their environment variables begin with.
+LIBRARIES = {"diffusers": "DIFFUSERS", "transformers": "TRANSFORMERS", "huggingface_hub": "HF_HUB"}
 
 
 class OneLineErrors(TyperGroup):
@@ -49,11 +51,10 @@ class OneLineErrors(TyperGroup):
             if "--verbose" in args:
                 traceback.print_exc()
             code = fail(str(error))
-        except RuntimeError as error:
-            # Not by its class, which would import torch for every command.
-            if type(error).__name__ != "OutOfMemoryError":
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
-            fail("the accelerator's memory is full; use --offload group or sequential, or a smaller size.")
+            fail(in_one_sentence(error))
             code = 1
         if code == 130:
             fail("interrupted; nothing half-made was left behind.")
@@ -64,6 +65,20 @@ def fail(message: str) -> int:
     """Prints the message as one line on standard error; returns the exit code for a user's mistake."""
     typer.echo(f"Error: {' '.join(message.split())}", err=True)
     return 2
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether main memory or an accelerator's memory ran out."""
+    # Not by its class, which would import torch for every command; torch has none for main memory.
+    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return named or isinstance(error, MemoryError)
+
+
+def in_one_sentence(error: Exception) -> str:
+    """What to tell the user of an error."""
+    if is_out_of_memory(error):
+        return "the memory is full; use --offload group or sequential, or a smaller size or length."
+    return str(error) or type(error).__name__
 
 
 app = typer.Typer(
@@ -93,71 +108,89 @@ def options_of(*classes: type) -> Callable:
 
 def option_of(item: dataclasses.Field) -> inspect.Parameter:
     """The command line option for one field of a settings class."""
-    kind, _ = alternatives(item.type)
-    if get_origin(kind) is tuple:
-        kind = list[get_args(kind)[0]]
+    kinds, _ = alternatives(item.type)
+    # Words, and numbers beside words, are told apart by `of_class`.
+    kind = str if any(get_origin(part) is Literal for part in kinds) else kinds[0]
+    part = get_args(kind)[0] if get_origin(kind) is tuple else kind
     default = item.metadata["shown"] or ("" if item.default in (None, ()) else str(item.default))
     name = "--" + item.name.replace("_", "-")
     option = typer.Option(
         f"{name}/--no-{name[2:]}" if kind is bool else name,
         help=f"{item.metadata['help']} (default: {default})" if default else item.metadata["help"],
+        # Short ones: beside long ones the names of the options would be cut off in a terminal of 80 columns.
+        metavar={int: "N", float: "X", bool: ""}.get(part, "TEXT"),
         rich_help_panel=item.metadata["panel"],
         show_default=False,
     )
+    annotation = kind if kind is part else list[part]
     return inspect.Parameter(
-        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option]
     )
 
 
 def of_class(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of `given` that belong to the settings class and that the user gave."""
-    return {
-        item.name: tuple(given[item.name]) if isinstance(given[item.name], list) else given[item.name]
-        for item in dataclasses.fields(cls)
-        if given.get(item.name) not in (None, [], ())
-    }
+    values = {}
+    for item in dataclasses.fields(cls):
+        value = given.get(item.name)
+        if value not in (None, [], ()):
+            is_number = int in alternatives(item.type)[0] and isinstance(value, str) and value.isdecimal()
+            values[item.name] = checked_value(item.name, int(value) if is_number else value, item.type)
+    return values
 
 
-VERBOSE = Annotated[bool, typer.Option("--verbose", help="Show the libraries' messages, and tracebacks.")]
+OVERWRITE = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace files that are already there.")]
+VERBOSE = Annotated[bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages, and tracebacks.")]
 
 
 @app.command()
 @options_of(ModelSettings, ClipSettings)
 def generate(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The mp4 to write; the folder with --prompts-file.")
+        str | None, typer.Option("--output", "-o", metavar="PATH", help="The mp4, or with --prompts-file the folder.")
     ] = None,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="Make one clip for each row: JSON list or JSON Lines, keys like the options.")
+    prompts_path: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts-file", metavar="PATH", help="One clip per row: JSON list or JSON Lines, keys like the options."
+        ),
     ] = None,
-    record: Annotated[
-        Path | None, typer.Option("--from", help="Make the clip of this record again; other options replace its own.")
+    record_path: Annotated[
+        str | None,
+        typer.Option("--from", metavar="PATH", help="Make a record's clip again; other options replace its own."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="With --from: accept input files that have changed.")] = False,
+    overwrite: OVERWRITE = False,
+    force: Annotated[
+        bool, typer.Option("--force", metavar="", help="With --from: accept input files that have changed.")
+    ] = False,
     verbose: VERBOSE = False,
     **given: Any,
 ) -> None:
     """Generate a talking video, or one for each row of a prompts file."""
     set_up_logging(verbose)
-    if prompts_file is not None and record is not None:
+    if prompts_path is not None and record_path is not None:
         raise ValueError("`prompts_file` and `from` are both given; give one.")
     given_models = of_class(ModelSettings, given)
     given_settings = with_absolute_paths(of_class(ClipSettings, given), Path.cwd())
     models, settings, earlier = ModelSettings(), ClipSettings(), None
-    if record is not None:
+    if record_path is not None:
+        record = user_path("from", record_path)
         models, settings, earlier = generation.read_record(record)
-        output = output or record.with_suffix(".mp4")
+        output = str(record.with_suffix(".mp4")) if output is None else output
+    if "base" in given_models:
+        # The recorded commit is one of the recorded base.
+        given_models.setdefault("base_revision", None)
     models = with_absolute_models(dataclasses.replace(models, **given_models))
     settings = settings.updated(given_settings)
     if output is None:
         raise ValueError("`output` is missing; give `--output` with the mp4 to write.")
-    if prompts_file is not None:
-        generate_rows(models, settings, prompts_file, output, overwrite)
+    if prompts_path is not None:
+        folder = user_path("output", output)
+        generate_rows(models, settings, user_path("prompts_file", prompts_path), folder, overwrite)
         return
-    clip = Clip(settings, output)
+    clip = Clip(settings, user_path("output", output), overwrite)
     models.check()
-    clip.check(overwrite)
+    clip.check()
     if settings.reference_audio and models.lora is None:
         logger.warning("`lora` is not given: without an ID-LoRA the voice will not follow `reference_audio`.")
     if earlier is not None and not force:
@@ -171,26 +204,31 @@ def generate_one(models: ModelSettings, clip: Clip) -> None:
     with stages() as report:
         pipe = load(models, report)
         generation.generate_clip(pipe, models, clip, report)
-    typer.echo(str(clip.output))
+    say_path(clip.output)
 
 
-def generate_rows(models: ModelSettings, settings: ClipSettings, prompts_file: Path, folder: Path, overwrite: bool):
+def say_path(path: Path) -> None:
+    """Prints a path as the bytes that it is made of, which need not be text."""
+    typer.echo(bytes(path))
+
+
+def generate_rows(models: ModelSettings, settings: ClipSettings, prompts: Path, folder: Path, overwrite: bool) -> None:
     """Makes the clips of a prompts file: skips what is there, reports what fails, ends in exit code 1 if any did."""
-    rows = generation.read_prompts_file(prompts_file)
-    settings = settings.resolved()
-    clips, failures, outputs = [], 0, set()
-    for index, row in enumerate(rows):
+    clips, failures, records = [], 0, set()
+    for index, row in enumerate(prompts_file.read_prompts_file(prompts)):
+        # Whatever is wrong with one row, the others go on.
         try:
-            clip = generation.clip_of_row(row, index, settings, prompts_file.absolute().parent, folder)
-            if clip.output in outputs:
+            clip = prompts_file.clip_of_row(row, index, settings, prompts.absolute().parent, folder)
+            clip = dataclasses.replace(clip, overwrite=overwrite)
+            if clip.record in records:
                 raise ValueError(f"`output` {clip.output.name!r} is also that of an earlier row; give another name.")
-            outputs.add(clip.output)
+            records.add(clip.record)
             if clip.is_done and not overwrite:
-                typer.echo(f"{clip.output} is already there")
+                report_done(index, clip)
                 continue
-            clip.check(overwrite, also_inputs=(prompts_file,))
+            clip.check(also_inputs=(prompts,))
             clips.append((index, clip))
-        except ValueError as error:
+        except Exception as error:
             failures += report_row(index, error)
     if clips:
         models.check()
@@ -200,23 +238,35 @@ def generate_rows(models: ModelSettings, settings: ClipSettings, prompts_file: P
             try:
                 with stages() as report:
                     generation.generate_clip(pipe, models, clip, report)
-                typer.echo(str(clip.output))
+                say_path(clip.output)
             except Exception as error:
-                logger.debug("Row %d failed.", index, exc_info=True)
                 failures += report_row(index, error)
     if failures:
         raise typer.Exit(1)
 
 
+def report_done(index: int, clip: Clip) -> None:
+    """Says that a row's clip is already there, and warns where the row has changed since."""
+    typer.echo(bytes(clip.output) + b" is already there")
+    if changed := clip.changed_settings():
+        logger.warning(
+            "row %d: %s was made with other settings (%s); pass --overwrite to make it again.",
+            index,
+            clip.output,
+            ", ".join(changed),
+        )
+
+
 def report_row(index: int, error: Exception) -> int:
     """Says on one line what is wrong with a row, counted from 0 as its seed and file name are; returns 1."""
-    fail(f"row {index}: {error or type(error).__name__}")
+    logger.debug("Row %d failed.", index, exc_info=error)
+    fail(f"row {index}: {in_one_sentence(error)}")
     return 1
 
 
 def warn_of_other_versions(record: Mapping[str, Any]) -> None:
     """Warns where the packages differ from those that made the record: the clip may then differ too."""
-    before, now = record.get("versions", {}), generation.versions()
+    before, now = record["versions"], generation.versions()
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         logger.warning("Other versions than in the record: %s.", ", ".join(changed))
@@ -232,7 +282,7 @@ def inspect_command(
     set_up_logging(verbose)
     from .lora import inspect_adapter
 
-    info = inspect_adapter(adapter, weight_name=weight_name)
+    info = inspect_adapter(adapter, weight_name=weight_name, name="ADAPTER")
     table = Table(title=escape(adapter), show_header=False)
     for label, text in info.rows():
         table.add_row(label, escape(text))
@@ -242,14 +292,18 @@ def inspect_command(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path("outputs/demo.mp4"),
-    family: Annotated[str, typer.Option(help="Model generation: ltx-2.3 or ltx-2.")] = "ltx-2.3",
+    output: Annotated[str, typer.Option("--output", "-o", metavar="PATH", help="The mp4.")] = "outputs/demo.mp4",
+    family: Annotated[str, typer.Option(metavar="NAME", help="Model generation: ltx-2.3 or ltx-2.")] = "ltx-2.3",
+    overwrite: OVERWRITE = False,
     verbose: VERBOSE = False,
 ) -> None:
     """Run the whole machinery once with a tiny random model: no download, no accelerator."""
     set_up_logging(verbose)
     typer.echo("The demo's weights are random: expect noise in picture and sound. It only shows that everything runs.")
-    base, adapter, face, voice = demo_inputs(family)
+    from .demo_assets import cached_demo_inputs
+
+    silence_progress_bars()
+    base, adapter, face, voice = cached_demo_inputs(family)
     models = ModelSettings(base=str(base), lora=str(adapter), dtype="float32", device="cpu")
     settings = ClipSettings(
         visual="A drawn face looks into the camera.",
@@ -264,60 +318,36 @@ def demo(
         max_sequence_length=64,
         seed=0,
     )
-    clip = Clip(settings, output)
-    clip.check(overwrite=is_demo_result(clip))
+    clip = Clip(settings, user_path("output", output))
+    clip = dataclasses.replace(clip, overwrite=overwrite or is_demo_result(clip))
+    clip.check()
     generate_one(models, clip)
-    typer.echo(f"Play it with any player; its settings and hashes are in {clip.record}.")
-
-
-def cache_folder() -> Path:
-    """Where the demo keeps its tiny checkpoints: `XDG_CACHE_HOME`, or `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root).absolute() if root else Path.home() / ".cache") / "diffusers_idlora"
-
-
-def demo_inputs(family: str) -> tuple[Path, Path, Path, Path]:
-    """Checkpoint, adapter, face and voice of the demo, made on first use and kept."""
-    from diffusers import LTX2VideoTransformer3DModel
-
-    from .demo_assets import write_demo_assets
-    from .tiny import normalize_family, save_tiny_adapter, save_tiny_checkpoint
-
-    folder = cache_folder() / f"demo-{normalize_family(family)}-{version('diffusers-idlora')}"
-    base, adapter = folder / "checkpoint", folder / "id_lora.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not base.exists():
-        save_tiny_checkpoint(base, family)
-    if not adapter.exists():
-        save_tiny_adapter(adapter, LTX2VideoTransformer3DModel.from_pretrained(base / "transformer"))
-    return base, adapter, *write_demo_assets(folder)
+    typer.echo(b"Play it with any player; its settings and hashes are in " + bytes(clip.record))
 
 
 def is_demo_result(clip: Clip) -> bool:
     """Whether the output there is an unchanged result of an earlier demo, so that nothing of the user's is lost."""
-    from .media import file_sha256
+    from .demo_assets import cache_folder
 
-    if not clip.is_done:
-        return False
-    try:
-        models, _, record = generation.read_record(clip.record)
-    except ValueError:
-        return False
-    own = Path(str(models.base)).is_relative_to(cache_folder())
-    return own and record["output"]["sha256"] == file_sha256(clip.output)
+    return clip.is_done and Path(str(clip.earlier()["models"]["base"])).is_relative_to(cache_folder())
 
 
 def load(models: ModelSettings, report: generation.Report) -> Any:
     """The pipeline, loaded under a bar of ours instead of the libraries' own."""
+    silence_progress_bars()
+    report("Loading", 0, None)
+    pipe = generation.load_models(models)
+    report("Loading", 1, 1)
+    return pipe
+
+
+def silence_progress_bars() -> None:
+    """Switches the libraries' own bars off."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    report("Loading", 0, None)
-    pipe = generation.load_models(models)
-    report("Loading", 1, 1)
-    return pipe
 
 
 @contextmanager
@@ -342,6 +372,8 @@ class OneLineMessages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Prints `record`."""
         text = f"{record.levelname.capitalize()}: {self.format(record)}"
+        if record.exc_info is None:
+            text = " ".join(text.split())
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -352,10 +384,13 @@ def set_up_logging(verbose: bool) -> None:
     ours.setLevel(logging.DEBUG if verbose else logging.WARNING)
     if not verbose:
         warnings.filterwarnings("ignore")
-        for library in ("diffusers", "transformers"):
+        for library, variable in LIBRARIES.items():
             # The variable counts where the library is imported later, the level where it is imported already.
-            os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
+            os.environ.setdefault(f"{variable}_VERBOSITY", "error")
             logging.getLogger(library).setLevel(logging.ERROR)
+
+
+cli_adapters.register(app)
 
 
 def main() -> None:

@@ -1,13 +1,20 @@
-"""Inputs of the demo, drawn and synthesised by code: a face picture and a voice recording."""
+"""Inputs of the demo, made by code: a face picture, a voice recording, and a tiny checkpoint with its adapter."""
 
+import hashlib
 import os
 import tempfile
 import wave
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torchaudio.functional
+from diffusers import LTX2VideoTransformer3DModel
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+
+from .media import file_sha256
+from .tiny import normalize_family, save_tiny_adapter, save_tiny_checkpoint
 
 
 # Frequencies and bandwidths in Hz of the first three formants of a low adult voice.
@@ -126,6 +133,72 @@ def write_demo_assets(directory: str | os.PathLike, seconds: float = 5.0) -> tup
         for name in ("face.png", "voice.wav"):
             os.replace(Path(temporary) / name, directory / name)
     return directory / "face.png", directory / "voice.wav"
+
+
+def cache_folder() -> Path:
+    """Where the demo keeps its tiny checkpoints: `XDG_CACHE_HOME`, or `~/.cache`."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root).absolute() / "diffusers_idlora"
+
+
+def cached_demo_inputs(family: str) -> tuple[Path, Path, Path, Path]:
+    """
+    Makes the demo's inputs on first use, and again where they are damaged.
+
+    Args:
+        family (`str`):
+            The model generation, as in [`tiny_components`].
+
+    Returns:
+        `tuple[pathlib.Path, ...]`: Checkpoint, adapter, face and voice.
+
+    Raises:
+        ValueError: If `family` is unknown or the cache folder cannot be written.
+    """
+    folder = cache_folder() / f"demo-{normalize_family(family)}-{version('diffusers-idlora')}"
+    try:
+        if not _is_intact(folder):
+            _write_demo_inputs(folder, family)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"The demo's cache {str(folder)!r} can't be written ({error}): make room, or set `XDG_CACHE_HOME` to "
+            "another folder."
+        ) from error
+    return tuple(folder / name for name in ("checkpoint", "id_lora.safetensors", "face.png", "voice.wav"))
+
+
+def _write_demo_inputs(folder: Path, family: str) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".demo.", dir=folder.parent) as temporary:
+        new = Path(temporary) / "new"
+        save_tiny_checkpoint(new / "checkpoint", family)
+        transformer = LTX2VideoTransformer3DModel.from_pretrained(new / "checkpoint" / "transformer")
+        save_tiny_adapter(new / "id_lora.safetensors", transformer)
+        write_demo_assets(new)
+        (new / "sha256").write_text(_sha256(new))
+        # A damaged one makes place. Another demo may finish its own meanwhile, which is as good.
+        if not _is_intact(folder):
+            if folder.exists():
+                os.replace(folder, Path(temporary) / "damaged")
+            try:
+                os.replace(new, folder)
+            except OSError:
+                if not _is_intact(folder):
+                    raise
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        return (folder / "sha256").read_text() == _sha256(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _sha256(folder: Path) -> str:
+    """Of all files of a folder, their names and contents, but for the one that holds it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "sha256")
+    lines = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _glottal_source(num_samples: int, sampling_rate: int, generator: torch.Generator) -> torch.Tensor:

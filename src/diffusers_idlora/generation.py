@@ -5,28 +5,21 @@ Nothing heavy is imported before it is needed, so that help and mistakes are ans
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-from .settings import (
-    ClipSettings,
-    ModelSettings,
-    checked_value,
-    checked_values,
-    default_device,
-    first_line,
-    with_absolute_paths,
-)
+from .settings import ClipSettings, ModelSettings, default_device, in_the_users_words
+from .values import checked_value, checked_values, first_line
 
 
-# Keys of the prompt lists that ID-LoRA's evaluation sets use, and what they are called here.
-ROW_ALIASES = {"reference_path": "reference_audio", "first_frame_path": "image", "output_name": "output"}
 VERSIONED_PACKAGES = ("diffusers-idlora", "diffusers", "torch", "transformers", "peft")
 # Told the stage, how much of it is done, and of how much (`None` where that is unknown).
 Report = Callable[[str, int, int | None], None]
@@ -34,10 +27,18 @@ Report = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip to make: its settings and its mp4. The record lies beside the mp4 under the same name."""
+    """
+    One clip to make. Its record lies beside the mp4 under the same name.
+
+    Args:
+        settings (`ClipSettings`): What to make.
+        output (`Path`): The mp4 to write.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether existing files may be replaced.
+    """
 
     settings: ClipSettings
     output: Path
+    overwrite: bool = False
 
     @property
     def record(self) -> Path:
@@ -46,30 +47,64 @@ class Clip:
 
     @property
     def is_done(self) -> bool:
-        """Whether mp4 and record are both there, so that nothing is left to make."""
-        return self.output.exists() and self.record.exists()
+        """Whether mp4 and record are both there and belong together, so that nothing is left to make."""
+        from .media import file_sha256
 
-    def check(self, overwrite: bool = False, also_inputs: tuple[Path, ...] = ()) -> None:
+        if not os.path.isfile(self.output) or (record := self.earlier()) is None:
+            return False
+        return record["output"]["sha256"] == file_sha256(self.output)
+
+    @property
+    def replaceable(self) -> list[Path]:
+        """
+        What may be replaced: all with `overwrite`, else the record of this very clip whose mp4 is not there. The
+        record appears first, so that is what a run leaves that was killed between the two.
+        """
+        if self.overwrite:
+            return [self.record, self.output]
+        alone = not os.path.lexists(self.output) and self.earlier() is not None
+        return [self.record] if alone and not self.changed_settings() else []
+
+    def earlier(self) -> dict | None:
+        """The record that is there; `None` where there is none, or another file of that name."""
+        try:
+            return read_record(self.record)[2]
+        except ValueError:
+            return None
+
+    def changed_settings(self) -> list[str]:
+        """Names of the settings that differ from those of the record that is there; a seed left out fits any."""
+        earlier, now = read_record(self.record)[1], self.settings.resolved()
+        fits = {"seed"} if self.settings.seed is None else set()
+        names = [item.name for item in dataclasses.fields(now) if item.name not in fits]
+        return [name for name in names if getattr(earlier, name) != getattr(now, name)]
+
+    def check(self, also_inputs: tuple[Path, ...] = ()) -> None:
         """
         Raises a `ValueError` where the clip cannot be made, or would cost the user a file.
 
         Args:
-            overwrite (`bool`, *optional*, defaults to `False`): Whether an earlier result may be replaced.
             also_inputs (`tuple[Path, ...]`, *optional*): Further files that must never be written over.
         """
         from .media import check_output_path
 
         inputs = [path for paths in self.settings.files().values() for path in paths] + list(also_inputs)
+        replaceable = self.replaceable
         for target in (self.output, self.record):
-            if any(target.exists() and path.exists() and target.samefile(path) for path in inputs):
+            if any(os.path.exists(target) and os.path.exists(path) and target.samefile(path) for path in inputs):
                 raise ValueError(f"`output` would write over the input {target}; give another name.")
-            if target.exists() and not overwrite:
-                raise ValueError(f"`output` {target} is already there; give another name or pass --overwrite.")
+            if os.path.lexists(target) and target not in replaceable:
+                stranger = "" if self.is_done else ", and mp4 and record do not belong together"
+                raise ValueError(
+                    f"`output` {target} is already there{stranger}; move it away, give another name or pass "
+                    "--overwrite."
+                )
         self.settings.check()
         # Last, so that a mistake elsewhere leaves no new folder behind.
         check_output_path(self.output, create=True)
 
 
+@in_the_users_words()
 def load_models(models: ModelSettings) -> Any:
     """
     The pipeline with its adapter, placed as `models` says.
@@ -83,8 +118,14 @@ def load_models(models: ModelSettings) -> Any:
     from . import LTX2IDLoRAPipeline
 
     try:
-        pipe = LTX2IDLoRAPipeline.from_pretrained(models.base, dtype=getattr(torch, models.dtype))
-    except (OSError, SafetensorError) as error:
+        index = LTX2IDLoRAPipeline.load_config(models.base, revision=models.base_revision)
+        if "LTX2VideoTransformer3DModel" not in (index.get("transformer") or ()):
+            raise OSError(f"it holds a {index.get('_class_name')} without an LTX-2 transformer")
+        pipe = LTX2IDLoRAPipeline.from_pretrained(
+            models.base, revision=models.base_revision, dtype=getattr(torch, models.dtype)
+        )
+    # Beside the first two, what the libraries raise on files that are whole but say something wrong.
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(
             f"`base` {models.base} cannot be loaded ({first_line(error)}); give a complete folder in diffusers layout "
             "or a Hub repository that can be reached."
@@ -94,6 +135,8 @@ def load_models(models: ModelSettings) -> Any:
         pipe.set_adapters("id_lora", models.lora_scale)
     place(pipe, models)
     if models.compile:
+        # The kinds of passes in several sizes are more graphs than the 8 that torch allows a block by default.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -119,21 +162,23 @@ def place(pipe: Any, models: ModelSettings) -> None:
         pipe.to(device)
 
 
+@in_the_users_words()
 def generate_clip(pipe: Any, models: ModelSettings, clip: Clip, report: Report) -> None:
     """
-    Makes one clip with loaded models and writes its mp4, then its record; each appears whole or not at all.
+    Makes one clip with loaded models and writes its record and its mp4, which appear whole and together.
 
     Args:
         pipe (`LTX2IDLoRAPipeline`): As `load_models` returns it.
         models (`ModelSettings`): What it was loaded from, for the record.
         clip (`Clip`): What to make and where to put it. Its seed is drawn here where it has none.
         report (`Report`): Told of each stage: Denoising, Decoding, Writing.
-    """
-    from .media import write_video
 
-    clip = dataclasses.replace(clip, settings=clip.settings.resolved())
+    Raises:
+        ValueError: The pipeline refuses the settings, or the results cannot be written.
+    """
+    settings = clip.settings.resolved()
     # Before the models run, so that the record speaks of the files that were read.
-    hashes = file_hashes(models, clip.settings)
+    hashes = file_hashes(models, settings)
 
     def after_step(pipe, step, timestep, tensors):
         report("Denoising", step + 1, pipe.num_timesteps)
@@ -141,28 +186,71 @@ def generate_clip(pipe: Any, models: ModelSettings, clip: Clip, report: Report) 
             report("Decoding", 0, None)
         return tensors
 
-    result = pipe(**clip.settings.call_arguments(), callback_on_step_end=after_step)
+    result = pipe(**settings.call_arguments(), callback_on_step_end=after_step)
     report("Decoding", 1, 1)
     frames, audio = result.frames[0], result.audio[0].float().cpu()
-    sampling_rate = pipe.vocoder.config.output_sampling_rate
-    written = itertools.count(1)
-    write_video(
-        clip.output,
-        frames,
-        clip.settings.frame_rate,
-        audio=audio,
-        audio_sampling_rate=sampling_rate,
-        metadata=synthetic_notice(),
-        progress=lambda: report("Writing", next(written), len(frames)),
-    )
     facts = {
         "width": frames[0].width,
         "height": frames[0].height,
         "num_frames": len(frames),
-        "seconds": len(frames) / clip.settings.frame_rate,
-        "sampling_rate": sampling_rate,
+        "seconds": len(frames) / settings.frame_rate,
+        "sampling_rate": pipe.vocoder.config.output_sampling_rate,
     }
-    write_record(clip, models, hashes, facts)
+    record = {
+        "notice": synthetic_notice()["comment"],
+        "output": {"file": clip.output.name} | facts,
+        "models": dataclasses.asdict(models)
+        | {"device": models.device or default_device(), "base_revision": base_commit(models)},
+        "settings": dataclasses.asdict(settings),
+        "files": hashes,
+        "versions": versions(),
+    }
+    write_result(clip, record, frames, audio, report)
+
+
+def write_result(clip: Clip, record: dict, frames: list, audio: Any, report: Report) -> None:
+    """
+    Writes the record and the mp4 of a clip, which appear whole and together.
+
+    Args:
+        clip (`Clip`): Where to write, and what may be replaced.
+        record (`dict`): The record, to which the hash of the mp4 is added.
+        frames (`list[PIL.Image.Image]`): The picture.
+        audio (`torch.Tensor`): The sound, `[channels, samples]`.
+        report (`Report`): Told of each frame written.
+
+    Raises:
+        ValueError: They cannot be written, or a file has appeared that may not be replaced.
+    """
+    from av import FFmpegError
+
+    from .media import appearing_together, file_sha256, write_video
+
+    written = itertools.count(1)
+    try:
+        # The record first: alone it shows whose it is, and what to make again; an mp4 alone could be anybody's.
+        with appearing_together([clip.record, clip.output], clip.replaceable) as (new_record, new_output):
+            write_video(
+                new_output,
+                frames,
+                record["settings"]["frame_rate"],
+                audio=audio,
+                audio_sampling_rate=record["output"]["sampling_rate"],
+                metadata=synthetic_notice(),
+                progress=lambda: report("Writing", next(written), len(frames)),
+            )
+            record["output"]["sha256"] = file_sha256(new_output)
+            # ASCII, because names of files may hold bytes that are no text, which UTF-8 cannot carry.
+            new_record.write_text(json.dumps(record, indent=2) + "\n", encoding="ascii")
+    except FileExistsError as error:
+        raise ValueError(
+            f"`output` {clip.output} or its record has appeared meanwhile, and was left alone; give another name."
+        ) from error
+    except (OSError, FFmpegError) as error:
+        raise ValueError(
+            f"`output` {clip.output} cannot be written ({error.strerror or first_line(error)}); make room or choose "
+            "another place."
+        ) from error
 
 
 def synthetic_notice() -> dict[str, str]:
@@ -184,45 +272,45 @@ def adapter_file(models: ModelSettings) -> Path | None:
 
 
 def file_hashes(models: ModelSettings, settings: ClipSettings) -> dict[str, list[dict[str, str]]]:
-    """Path and SHA-256 of every file that a clip is made of, by setting: image, reference_audio, lora."""
+    """Path and SHA-256 of every file that a clip is made of, by setting: image, reference_audio, lora, base."""
     from .media import file_sha256
 
     files = settings.files()
     if (adapter := adapter_file(models)) is not None:
         files["lora"] = [adapter]
-    return {
+    hashes = {
         name: [{"path": str(path), "sha256": file_sha256(path)} for path in paths] for name, paths in files.items()
     }
+    if os.path.isdir(models.base):
+        hashes["base"] = [{"path": models.base, "sha256": checkpoint_sha256(Path(models.base))}]
+    return hashes
 
 
-def base_commit(base: str) -> str | None:
+def checkpoint_sha256(folder: Path) -> str:
+    """One SHA-256 for a checkpoint, quick for any size: of its JSON files, and of the sizes of its weight files."""
+    from .media import file_sha256
+
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".safetensors", ".bin") and path.is_file():
+            content = file_sha256(path) if path.suffix == ".json" else path.stat().st_size
+            digest.update(os.fsencode(f"{path.relative_to(folder).as_posix()} {content}\n"))
+    return digest.hexdigest()
+
+
+def base_commit(models: ModelSettings) -> str | None:
     """The commit of a base checkpoint from the Hub as it lies in the cache; `None` for a folder."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = None if Path(base).exists() else try_to_load_from_cache(base, "model_index.json")
-    return Path(cached).parent.name if isinstance(cached, str) else None
+    if os.path.exists(models.base):
+        return None
+    cached = try_to_load_from_cache(models.base, "model_index.json", revision=models.base_revision)
+    return Path(cached).parent.name if isinstance(cached, str) else models.base_revision
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the result."""
     return {"python": platform.python_version()} | {name: version(name) for name in VERSIONED_PACKAGES}
-
-
-def write_record(clip: Clip, models: ModelSettings, hashes: dict, facts: dict) -> None:
-    """Writes the JSON that says how the clip was made, whole or not at all."""
-    from .media import file_sha256, replaced_when_complete
-
-    record = {
-        "notice": synthetic_notice()["comment"],
-        "output": {"file": clip.output.name, "sha256": file_sha256(clip.output)} | facts,
-        "models": dataclasses.asdict(models) | {"device": models.device or default_device()},
-        "base_commit": base_commit(models.base),
-        "settings": dataclasses.asdict(clip.settings),
-        "files": hashes,
-        "versions": versions(),
-    }
-    with replaced_when_complete(clip.record) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_record(path: Path) -> tuple[ModelSettings, ClipSettings, dict]:
@@ -234,16 +322,18 @@ def read_record(path: Path) -> tuple[ModelSettings, ClipSettings, dict]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        models, settings, _, _ = record["models"], record["settings"], record["files"], record["output"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        models = ModelSettings(**checked_values(ModelSettings, record["models"]))
+        settings = ClipSettings(**checked_values(ClipSettings, record["settings"]))
+        for files in record["files"].values():
+            for file in files:
+                checked_value("sha256", file["sha256"], str)
+        checked_value("sha256", record["output"]["sha256"], str)
+        record["versions"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"`from` {path} is not the record of a clip ({first_line(error)}); give the JSON beside an mp4."
         ) from error
-    return (
-        ModelSettings(**checked_values(ModelSettings, models)),
-        ClipSettings(**checked_values(ClipSettings, settings)),
-        record,
-    )
+    return models, settings, record
 
 
 def check_unchanged(record: dict, models: ModelSettings, settings: ClipSettings, replaced: set[str]) -> None:
@@ -266,73 +356,3 @@ def check_unchanged(record: dict, models: ModelSettings, settings: ClipSettings,
                     f"`{name}` {after['path']} has changed since the record was written; "
                     "restore it, give another file, or pass --force to use it as it is."
                 )
-
-
-def read_prompts_file(path: Path) -> list[Any]:
-    """
-    The rows of a prompts file: a JSON list, or JSON Lines. A line that is no JSON becomes its `ValueError`.
-
-    Raises:
-        ValueError: The file cannot be read, or has no rows.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json_line(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`prompts_file` {path} cannot be read ({first_line(error)}); give a JSON list or JSON Lines."
-        ) from error
-    rows = [row for row in rows if row is not None]
-    if not rows:
-        raise ValueError(f"`prompts_file` {path} has no rows; give a JSON list or JSON Lines.")
-    return rows
-
-
-def json_line(line: str) -> Any:
-    """The value on one line of JSON Lines: `None` for an empty line, a `ValueError` for what is no JSON."""
-    try:
-        return json.loads(line) if line.strip() else None
-    except ValueError as error:
-        return ValueError(f"the line {line[:40]!r} is not JSON ({first_line(error)}).")
-
-
-def clip_of_row(row: Any, index: int, settings: ClipSettings, source: Path, folder: Path) -> Clip:
-    """
-    The clip that one row of a prompts file asks for.
-
-    Args:
-        row (`Any`): An object whose keys are named like the options, or like ID-LoRA's prompt lists.
-        index (`int`): Its place in the file, from 0; added to the seed of `settings` where the row has none, and the
-            name of its output where it gives none.
-        settings (`ClipSettings`): What holds where the row says nothing; with a seed.
-        source (`Path`): Folder that the row's paths are seen from.
-        folder (`Path`): Folder of the results, which no row may leave.
-
-    Raises:
-        ValueError: The row is no object, or has unknown keys, values of the wrong type or an output outside `folder`.
-    """
-    if isinstance(row, ValueError):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError(f'a row must be an object such as {{"prompt": "..."}}, but it is {row!r}.')
-    twice = [old for old, new in ROW_ALIASES.items() if old in row and new in row]
-    if twice:
-        raise ValueError(f"`{twice[0]}` and `{ROW_ALIASES[twice[0]]}` mean the same; give one.")
-    given = {ROW_ALIASES.get(key, key): value for key, value in row.items()}
-    name = checked_value("output", given.pop("output", f"{index:04d}.mp4"), str)
-    given = {"seed": settings.seed + index} | checked_values(ClipSettings, given)
-    return Clip(settings.updated(with_absolute_paths(given, source)), path_inside(folder, name))
-
-
-def path_inside(folder: Path, name: str) -> Path:
-    """`folder / name` as an mp4, or a `ValueError` where that could lie outside of `folder`."""
-    # Windows' rules know both kinds of slashes and drives, so that a list is refused on every machine or on none.
-    strict = PureWindowsPath(name)
-    if not strict.name or strict.anchor or ".." in strict.parts:
-        raise ValueError(f"`output` {name!r} must be a file name below the output folder, without '..'.")
-    path = folder
-    for part in Path(name if strict.suffix else f"{name}.mp4").parts:
-        path = path / part
-        if path.is_symlink():
-            raise ValueError(f"`output` {name!r} goes through the symbolic link {path}; give another name.")
-    return path

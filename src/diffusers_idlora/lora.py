@@ -49,6 +49,8 @@ _COMMON_MODULE = re.compile(
     r"((audio_)?attn[12]|audio_to_video_attn|video_to_audio_attn|(audio_)?ff)\.(to_(q|k|v|out\.0|gate_logits)|net\..+)"
     r"\.lora_.+"
 )
+# Of the video and the audio stream, in the released checkpoints of both generations.
+_RELEASED_WIDTHS = (4096, 2048)
 _SECOND_GENERATION_MODULE = re.compile(r"to_gate_logits|prompt_adaln")
 # The layers whose input is the video stream itself, or the audio stream itself.
 _VIDEO_INPUT = re.compile(
@@ -115,7 +117,9 @@ class AdapterInfo:
         widths = {"video": self.video_dim, "audio": self.audio_dim}
         widths = ", ".join(f"{stream} width {width}" for stream, width in widths.items() if width)
         names = [self.base_model, self.generation and self.generation.upper()]
-        base = ", ".join(filter(None, names)) or "a base that the file does not name"
+        fits_both = (self.video_dim or _RELEASED_WIDTHS[0], self.audio_dim or _RELEASED_WIDTHS[1]) == _RELEASED_WIDTHS
+        unnamed = "LTX-2 or LTX-2.3, whose shapes it fits alike" if fits_both else "a base that the file does not name"
+        base = ", ".join(filter(None, names)) or unnamed
         return f"{base} ({widths})" if widths else base
 
     def rows(self) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -37,6 +37,8 @@ MP4_TAGS = (
     "title",
 )
 AUDIO_BIT_RATE = 192_000
+# What file systems allow is 255; the rest is for files beside it whose endings are longer.
+MAX_NAME_BYTES = 250
 FALLBACK_SAMPLING_RATE = 48_000
 
 
@@ -61,7 +63,8 @@ def load_image(
         `ValueError`: if the file is missing or can't be decoded, or shape, dtype or values are wrong.
     """
     if isinstance(source, (str, os.PathLike)):
-        if not Path(source).is_file():
+        # Not `Path.is_file`, which fails on a name that is too long or lies in a locked folder.
+        if not os.path.isfile(source):
             raise ValueError(f"`{name}` must be an existing file, but {str(source)!r} is none: check the path.")
         described = repr(str(source))
     elif isinstance(source, (np.ndarray, torch.Tensor)):
@@ -184,14 +187,64 @@ def replaced_when_complete(path: str | os.PathLike) -> Iterator[Path]:
     Returns:
         A context manager that gives the temporary `pathlib.Path`, with the suffix of `path`.
     """
-    path = Path(path).absolute()
-    # Not `tempfile`: its files are private to the user, and would stay so under their final name.
-    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
-    try:
+    with appearing_together([path], replace=[path]) as (temporary,):
         yield temporary
-        os.replace(temporary, path)
+
+
+@contextmanager
+def appearing_together(
+    paths: Sequence[str | os.PathLike], replace: Sequence[str | os.PathLike] = ()
+) -> Iterator[list[Path]]:
+    """
+    Gives a temporary path beside each of `paths` and moves them there, one right after the other, at the end of the
+    `with` block. If the block or a move fails, the temporary files and the new ones are removed.
+
+    Args:
+        paths (`list[str]` or `list[os.PathLike]`):
+            The files to write, in the order in which they appear.
+        replace (`list[str]` or `list[os.PathLike]`, *optional*):
+            Those of `paths` where an existing file may be replaced; a file at another one of them stays.
+
+    Returns:
+        A context manager that gives the temporary `pathlib.Path`s, each with the suffix of its path.
+
+    Raises:
+        `FileExistsError`: if there is a file at one of `paths` that may not be replaced.
+    """
+    paths = [Path(path).absolute() for path in paths]
+    replace = {Path(path).absolute() for path in replace}
+    # Not `tempfile`: its files are private to the user, and would stay so under their final name.
+    temporaries = [path.with_name(f".{secrets.token_hex(8)}{path.suffix}") for path in paths]
+    created = []
+    try:
+        yield temporaries
+        for temporary, path in zip(temporaries, paths):
+            if path in replace:
+                os.replace(temporary, path)
+            else:
+                _move_without_replacing(temporary, path)
+                created.append(path)
+    except BaseException:
+        for path in created:
+            path.unlink(missing_ok=True)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+def _move_without_replacing(source: Path, target: Path) -> None:
+    # `os.rename` would replace a file that appeared since the last look; these two calls find it themselves.
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Not every file system has hard links.
+        target.touch(exist_ok=False)
+        os.replace(source, target)
+    else:
+        source.unlink()
 
 
 def check_output_path(path: str | os.PathLike, name: str = "output", *, create: bool = False) -> Path:
@@ -210,14 +263,20 @@ def check_output_path(path: str | os.PathLike, name: str = "output", *, create: 
         `pathlib.Path`: the path.
 
     Raises:
-        `ValueError`: if it is a folder, doesn't end in `.mp4`, or its folder is missing or can't be written.
+        `ValueError`: if it is a folder, doesn't end in `.mp4`, has no usable name, or its folder is missing or can't
+        be written.
     """
     path = Path(path)
     folder = path.absolute().parent
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"`{name}` must be a file, but {str(path)!r} is a folder: add a file name.")
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"`{name}` must end in .mp4, but is {str(path)!r}: change its ending.")
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"`{name}` must have a name of at most {MAX_NAME_BYTES} bytes, but {path.name[:40]!r}... has "
+            f"{len(os.fsencode(path.name))}: shorten it."
+        )
     if create:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +285,7 @@ def check_output_path(path: str | os.PathLike, name: str = "output", *, create: 
                 f"`{name}` can't be written: the folder {str(folder)!r} can't be created ({error.strerror}); "
                 "choose another."
             ) from error
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"`{name}` can't be written: the folder {str(folder)!r} doesn't exist; create it.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"`{name}` can't be written: no permission for the folder {str(folder)!r}; choose another.")

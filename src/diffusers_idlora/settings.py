@@ -5,17 +5,23 @@ Nothing heavy is imported before it is needed, so that help and mistakes are ans
 """
 
 import dataclasses
-import math
 import os
 import random
-import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
+
+from .values import as_tuple, first_line, shortened
 
 
 PROMPT_PARTS = ("visual", "speech", "sounds")
+# Far above what a model can use, far below what brings a machine down before anything is said.
+MOST = 10_000
+MOST_PIXELS = 8192
+MOST_FRAMES = 10_001
+MOST_TOKENS = 16_384
 
 
 def setting(
@@ -26,6 +32,7 @@ def setting(
     shown: str | None = None,
     is_path: bool = False,
     in_call: bool = True,
+    most: float = MOST,
 ) -> Any:
     """
     A dataclass field that also says how it looks on the command line and what the pipeline calls it.
@@ -38,9 +45,23 @@ def setting(
         shown (`str`, *optional*): What the help shows as the default where the default itself says too little.
         is_path (`bool`, *optional*, defaults to `False`): Whether it names files of the user.
         in_call (`bool`, *optional*, defaults to `True`): Whether it is handed to the pipeline as it is.
+        most (`float`, *optional*, defaults to 10000): The largest number that is accepted.
     """
-    about = {"help": help, "panel": panel, "argument": argument, "shown": shown}
+    about = {"help": help, "panel": panel, "argument": argument, "shown": shown, "most": most}
     return field(default=default, metadata=about | {"is_path": is_path, "in_call": in_call})
+
+
+@contextmanager
+def in_the_users_words() -> Iterator[None]:
+    """Errors of the `with` block, or of the decorated function, call each setting what the user calls it."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for item in (*dataclasses.fields(ModelSettings), *dataclasses.fields(ClipSettings)):
+            if item.metadata["argument"]:
+                message = message.replace(f"`{item.metadata['argument']}`", f"`{item.name}`")
+        raise ValueError(message) from error
 
 
 @dataclass(frozen=True)
@@ -48,28 +69,45 @@ class ModelSettings:
     """What is loaded, and how: the same for every clip of one run. Each field's `help` says what it is."""
 
     base: str | None = setting(None, "Base LTX-2 / LTX-2.3 checkpoint: Hub repository or folder.", "Models")
-    lora: str | None = setting(None, "ID-LoRA adapter: Hub repository, folder or .safetensors file.", "Models")
-    lora_weight_name: str | None = setting(None, "File in the adapter's repository or folder.", "Models")
+    base_revision: str | None = setting(
+        None, "Branch, tag or commit of the base on the Hub.", "Models", shown="the newest; its commit is recorded"
+    )
+    lora: str | None = setting(
+        None, "ID-LoRA adapter: Hub repository, folder or .safetensors file.", "Models", argument="adapter"
+    )
+    lora_weight_name: str | None = setting(
+        None, "File in the adapter's repository or folder.", "Models", argument="weight_name"
+    )
     lora_scale: float = setting(1.0, "Strength of the adapter.", "Models")
-    dtype: Literal["bfloat16", "float16", "float32"] = setting("bfloat16", "Precision of the models.", "Models")
+    dtype: Literal["bfloat16", "float16", "float32"] = setting(
+        "bfloat16", "Precision: bfloat16, float16 or float32.", "Models"
+    )
     device: str | None = setting(None, "Where to run.", "Models", shown="cuda, else mps, else cpu")
     offload: Literal["none", "model", "group", "sequential"] = setting(
-        "none", "Keep idle weights in main memory: whole models, groups of layers, or single layers.", "Models"
+        "none",
+        "Keep idle weights in main memory: whole models (model), groups of layers (group) or single layers "
+        "(sequential).",
+        "Models",
     )
     compile: bool = setting(False, "Compile the transformer's blocks (slow start, faster steps).", "Models")
 
+    @in_the_users_words()
     def check(self) -> None:
         """Raises a `ValueError` for what cannot be loaded, as far as that can be told without loading it."""
         import torch
 
         from .lora import inspect_adapter
 
+        for item in dataclasses.fields(self):
+            if getattr(self, item.name) == "":
+                raise ValueError(f"`{item.name}` is empty; give a value, or leave the option out.")
         check_base(self.base)
-        if not math.isfinite(self.lora_scale):
-            raise ValueError(f"`lora_scale` must be a finite number, but it is {self.lora_scale}.")
+        if not abs(self.lora_scale) <= MOST:
+            raise ValueError(f"`lora_scale` must be a number from -{MOST} to {MOST}, but it is {self.lora_scale}.")
         try:
             device = torch.device(self.device or default_device())
-            torch.empty(0, device=device)
+            # Not an empty tensor, and read back: `meta` would give one and never a value.
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"`device` {self.device!r} cannot be used here ({first_line(error)}); give another, such as cpu."
@@ -99,9 +137,15 @@ class ClipSettings:
         (), "The voice, about 5 s: sound or video file. Repeat for more clips of one speaker.", "Inputs", is_path=True
     )
 
-    height: int | None = setting(None, "Pixels, a multiple of 32.", "Size and length", shown="from the image")
-    width: int | None = setting(None, "Pixels, a multiple of 32.", "Size and length", shown="from the image")
-    num_frames: int | None = setting(None, "Frames, 8k+1.", "Size and length", shown="121, or predicted")
+    height: int | None = setting(
+        None, "Pixels, a multiple of 32.", "Size and length", shown="from the image", most=MOST_PIXELS
+    )
+    width: int | None = setting(
+        None, "Pixels, a multiple of 32.", "Size and length", shown="from the image", most=MOST_PIXELS
+    )
+    num_frames: int | None = setting(
+        None, "Frames, 8k+1.", "Size and length", shown="121, or predicted", most=MOST_FRAMES
+    )
     min_seconds: float = setting(1.0, "Shortest predicted duration.", "Size and length")
     max_seconds: float = setting(20.0, "Longest predicted duration.", "Size and length")
     frame_rate: float = setting(25.0, "Frames per second.", "Size and length")
@@ -111,13 +155,19 @@ class ClipSettings:
     sigmas: tuple[float, ...] = setting(
         (), "Noise level of one step, used as it is; repeat for each step.", "Sampling", shown="the model's schedule"
     )
-    guidance_batching: Literal["sequential", "packed"] = setting(
-        "sequential", "Run the passes of a step one by one, or all in one (more memory).", "Sampling"
+    guidance_batching: int | Literal["sequential", "packed"] = setting(
+        "sequential",
+        "Run the passes of a step one by one (sequential), all at once (packed: more memory), or N at a time.",
+        "Sampling",
     )
-    seed: int | None = setting(None, "Seed of the noise.", "Sampling", shown="random, recorded", in_call=False)
+    seed: int | None = setting(
+        None, "Seed of the noise.", "Sampling", shown="random, recorded", in_call=False, most=2**63 - 1
+    )
     noise_scale: float | None = setting(None, "Noise of the start.", "Sampling", shown="first sigma")
-    max_sequence_length: int = setting(1024, "Longest prompt in tokens.", "Sampling")
-    image_crf: int = setting(0, "H.264 re-compression of the image; 0 is none.", "Sampling")
+    max_sequence_length: int = setting(1024, "Longest prompt in tokens.", "Sampling", most=MOST_TOKENS)
+    image_crf: int | Literal["default"] = setting(
+        0, "H.264 re-compression of the image, 0..51; 0 is none, default is the model's own.", "Sampling", most=51
+    )
     decode_timestep: float = setting(0.0, "Timestep of the video decoder.", "Sampling")
     decode_noise_scale: float | None = setting(
         None, "Noise given to the video decoder.", "Sampling", shown="decode-timestep"
@@ -127,11 +177,21 @@ class ClipSettings:
     audio_guidance_scale: float | None = setting(
         None, "Text guidance of the sound.", "Guidance", shown="7.0, or guidance-scale where that is <= 1"
     )
-    identity_guidance_scale: float = setting(3.0, "Identity guidance of the voice.", "Guidance", in_call=False)
-    identity_start: float = setting(0.0, "Where identity guidance begins, 0..1.", "Guidance", in_call=False)
-    identity_stop: float = setting(1.0, "Where identity guidance ends, 0..1.", "Guidance", in_call=False)
+    identity_guidance_scale: float = setting(
+        3.0, "Identity guidance of the voice.", "Guidance", argument="scale", in_call=False
+    )
+    identity_start: float = setting(
+        0.0, "Where identity guidance begins, 0..1.", "Guidance", argument="start", in_call=False, most=1
+    )
+    identity_stop: float = setting(
+        1.0, "Where identity guidance ends, 0..1.", "Guidance", argument="stop", in_call=False, most=1
+    )
     identity_schedule: Literal["constant", "linear", "cosine"] = setting(
-        "constant", "How identity guidance changes between the two.", "Guidance", in_call=False
+        "constant",
+        "How identity guidance changes in between: constant, linear or cosine.",
+        "Guidance",
+        argument="schedule",
+        in_call=False,
     )
     stg_scale: float = setting(1.0, "Spatio-temporal guidance of the picture.", "Guidance")
     audio_stg_scale: float | None = setting(
@@ -153,11 +213,20 @@ class ClipSettings:
         None, "Rescale of the guided sound.", "Guidance", shown="guidance-rescale"
     )
 
-    use_cross_timestep: bool | None = setting(
-        None, "Modulate cross-modal attention by the other modality's sigma.", "Method", shown="as the model needs"
+    # Shorter than the pipeline's names, which would be cut off beside their `--no-` in a terminal of 80 columns.
+    cross_timestep: bool | None = setting(
+        None,
+        "Modulate cross-modal attention by the other modality's sigma.",
+        "Method",
+        argument="use_cross_timestep",
+        shown="as the model needs",
     )
-    mask_video_from_reference: bool = setting(False, "Video does not attend to the reference.", "Method")
-    mask_reference_from_text: bool = setting(False, "The reference does not attend to text.", "Method")
+    mask_video: bool = setting(
+        False, "Video does not attend to the reference.", "Method", argument="mask_video_from_reference"
+    )
+    mask_reference: bool = setting(
+        False, "The reference does not attend to text.", "Method", argument="mask_reference_from_text"
+    )
 
     def updated(self, given: Mapping[str, Any]) -> "ClipSettings":
         """
@@ -207,7 +276,7 @@ class ClipSettings:
         )
 
     def call_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `LTX2IDLoRAPipeline.__call__`; an empty tuple means "left to the pipeline"."""
+        """Keyword arguments for `LTX2IDLoRAPipeline.__call__`; `()` and "default" leave it to the pipeline."""
         import torch
 
         arguments = {}
@@ -215,7 +284,7 @@ class ClipSettings:
             if item.metadata["in_call"]:
                 value = getattr(self, item.name)
                 value = list(value) if isinstance(value, tuple) and value else value
-                arguments[item.metadata["argument"] or item.name] = None if value == () else value
+                arguments[item.metadata["argument"] or item.name] = None if value in ((), "default") else value
         arguments["prompt"] = self.full_prompt()
         arguments["identity_guidance"] = self.identity_guidance()
         # A tuple is several clips of one speaker; a list would be one clip per prompt.
@@ -225,15 +294,19 @@ class ClipSettings:
         arguments["generator"] = torch.Generator("cpu").manual_seed(self.seed)
         return arguments
 
+    @in_the_users_words()
     def check(self) -> None:
         """Raises a `ValueError` for everything that is wrong with the settings and their files and needs no model."""
         from .audio import read_reference
         from .inputs import check_sigmas
-        from .media import load_image
+        from .media import frame_rate_fraction, load_image
 
         for item in dataclasses.fields(self):
-            check_number(item.name, getattr(self, item.name))
+            check_number(item.name, getattr(self, item.name), item.metadata["most"])
+            if not item.metadata["is_path"]:
+                check_text(item.name, getattr(self, item.name))
         check_size(self)
+        frame_rate_fraction(self.frame_rate)
         if self.sigmas:
             check_sigmas(self.sigmas)
         self.full_prompt()
@@ -249,11 +322,18 @@ class ClipSettings:
         return {name: [Path(path) for path in as_tuple(value)] for name, value in values.items() if value}
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raises a `ValueError` where a number, or one of several, is negative or not finite."""
+def check_number(name: str, value: Any, most: float) -> None:
+    """Raises a `ValueError` where a number, or one of several, is not a number from 0 to `most`."""
     for number in as_tuple(value):
-        if isinstance(number, (int, float)) and not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"`{name}` must be a finite number that is not negative, but it is {number}.")
+        # The comparison is false for NaN too.
+        if isinstance(number, (int, float)) and not 0 <= number <= most:
+            raise ValueError(f"`{name}` must be a number from 0 to {most}, but it is {shortened(number)}.")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raises a `ValueError` where a text is no valid UTF-8, as odd terminals and JSON escapes can make it."""
+    if isinstance(value, str) and (broken := value.encode("utf-8", "ignore").decode("utf-8")) != value:
+        raise ValueError(f"`{name}` holds characters that are not valid UTF-8, near {broken[:40]!r}; type it again.")
 
 
 def check_size(settings: ClipSettings) -> None:
@@ -267,11 +347,9 @@ def check_size(settings: ClipSettings) -> None:
     frames = settings.num_frames
     if frames is not None and frames % 8 != 1:
         raise ValueError(f"`num_frames` must be 8k+1, but it is {frames}; take {max(0, frames - 1) // 8 * 8 + 1}.")
-    for name in ("steps", "frame_rate", "motion_speed", "max_sequence_length"):
+    for name in ("steps", "frame_rate", "motion_speed", "max_sequence_length", "guidance_batching"):
         if not getattr(settings, name):
             raise ValueError(f"`{name}` must be more than 0, but it is {getattr(settings, name)}.")
-    if settings.seed is not None and settings.seed >= 2**63:
-        raise ValueError(f"`seed` must be less than 2**63, but it is {settings.seed}.")
 
 
 def check_base(base: str | None) -> None:
@@ -280,27 +358,17 @@ def check_base(base: str | None) -> None:
 
     if not base:
         raise ValueError("`base` is missing; give `--base` with a Hub repository or a folder in diffusers layout.")
-    if Path(base).exists():
-        if not (Path(base) / "model_index.json").is_file():
+    if os.path.exists(base):
+        if not os.path.isfile(os.path.join(base, "model_index.json")):
             raise ValueError(f"`base` {base} has no model_index.json; give a folder in diffusers layout.")
         return
     try:
         validate_repo_id(base)
-        missing = base.count("/") != 1 or base.startswith(".")
+        missing = base.count("/") != 1 or base.startswith((".", "~"))
     except HFValidationError:
         missing = True
     if missing:
         raise ValueError(f"`base` {base} does not exist; give a folder in diffusers layout or a Hub repository.")
-
-
-def as_tuple(value: Any) -> tuple:
-    """A tuple as it is, anything else as a tuple of one."""
-    return value if isinstance(value, tuple) else (value,)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def default_device() -> str:
@@ -310,46 +378,6 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def alternatives(kind: Any) -> tuple[Any, bool]:
-    """Splits a field's type into the type without `None` and whether `None` is allowed."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return next(part for part in get_args(kind) if part is not type(None)), True
-    return kind, False
-
-
-def checked_value(name: str, value: Any, kind: Any) -> Any:
-    """
-    `value` as the type that the field is declared with, so that a JSON file is held to what an option is held to.
-
-    Raises:
-        ValueError: It is of another type.
-    """
-    kind, optional = alternatives(kind)
-    if value is None and optional:
-        return None
-    if get_origin(kind) is tuple:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(checked_value(name, part, get_args(kind)[0]) for part in values)
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        raise ValueError(f"`{name}` must be one of {', '.join(get_args(kind))}, but it is {value!r}.")
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"`{name}` must be of type {kind.__name__}, but it is {value!r}.")
-    return value
-
-
-def checked_values(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a JSON object, held to the fields of the settings class `cls`; unknown keys are an error."""
-    kinds = {item.name: item.type for item in dataclasses.fields(cls)}
-    unknown = [str(key) for key in given if key not in kinds]
-    if unknown:
-        raise ValueError(f"unknown key `{unknown[0]}`; the keys are {', '.join(kinds)}.")
-    return {name: checked_value(name, value, kinds[name]) for name, value in given.items()}
 
 
 def with_absolute_paths(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -364,6 +392,6 @@ def with_absolute_paths(given: Mapping[str, Any], folder: Path) -> dict[str, Any
 
 def with_absolute_models(models: ModelSettings) -> ModelSettings:
     """A copy in which folders and files of this machine, unlike names on the Hub, are absolute."""
-    paths = {name: getattr(models, name) for name in ("base", "lora")}
-    local = {name: os.path.abspath(path) for name, path in paths.items() if path and Path(path).exists()}
+    paths = {name: os.path.expanduser(getattr(models, name) or "") for name in ("base", "lora")}
+    local = {name: os.path.abspath(path) for name, path in paths.items() if path and os.path.exists(path)}
     return dataclasses.replace(models, **local)
