@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from diffusers import LTX2ConditionPipeline
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_ltx2 import LTX2Attention
 
 from conftest import families
@@ -284,7 +285,15 @@ def test_under_the_text_mask_reference_tokens_attend_uniformly(dtype):
     assert (output[:, 4:] - uniform[:, 4:]).abs().max() > 1e-3
 
 
-def test_the_attention_backend_that_was_set_stays_in_force(transformers):
+@pytest.fixture
+def default_backend():
+    """diffusers sets a backend for the whole process, and other tests compare to the last bit."""
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    yield
+    _AttentionBackendRegistry.set_active_backend(active)
+
+
+def test_the_attention_backend_that_was_set_stays_in_force(default_backend):
     transformer = tiny_components("ltx-2.3")["transformer"]
     expected = run(transformer, MIXED)
     transformer.set_attention_backend("_native_math")

@@ -100,9 +100,10 @@ class Trainer:
     def load_model(self) -> None:
         """Loads the transformer, adds the LoRA in float32 and prepares optimizer and schedule."""
         arguments = self.arguments
-        set_seed(arguments.seed)
         self.transformer = load_transformer(arguments, self.weight_dtype)
         self._check_latents()
+        # Right before the adapter's initialisation, whatever loading the base may have drawn.
+        set_seed(arguments.seed)
         add_lora(self.transformer, arguments)
         if arguments.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
