@@ -68,6 +68,7 @@ def test_clips_become_a_published_adapter_that_generates(tiny_checkpoint, tmp_pa
     run([*train, "--max_train_steps", "10"])
     with HubServer() as hub:
         publish = ["--push_to_hub", "true", "--hub_model_id", "tester/id-lora", "--hub_token", "write"]
+        publish += ["--push_checkpoints", "true"]
         resumed = run(
             [*train, "--max_train_steps", "20", "--resume_from_checkpoint", "latest", *publish],
             HF_ENDPOINT=hub.endpoint,
@@ -79,7 +80,9 @@ def test_clips_become_a_published_adapter_that_generates(tiny_checkpoint, tmp_pa
         published = set(hub.repositories["tester/id-lora"].files)
     assert {"README.md", "pytorch_lora_weights.safetensors", "guider_config.json", "loss.png"} <= published
     assert any(name.endswith(".mp4") for name in published)
-    assert not any("checkpoint" in name or name.endswith((".bin", ".pkl")) for name in published)
+    checkpoints = {name for name in published if "checkpoint" in name}
+    assert checkpoints == {"checkpoint-20/pytorch_lora_weights.safetensors", "checkpoint-20/guider_config.json"}
+    assert not any(name.endswith((".bin", ".pkl", "trainer_state.json")) for name in published)
 
     validated = [json.loads(line)["step"] for line in (output / "validation.jsonl").read_text().splitlines()]
     assert validated == [10, 20]

@@ -291,6 +291,30 @@ def test_only_the_adapted_modules_train_and_in_float32(tiny_checkpoint, data, tm
     assert all(value.isfinite().all() for value in adapter_of(tmp_path).values())
 
 
+def test_a_base_in_eight_bits_trains_and_is_left_as_it_was(tiny_checkpoint, data, tmp_path):
+    arguments = options(
+        tiny_checkpoint(), data["ltx-2.3"], tmp_path, quantize_base="torchao_int8", mixed_precision="bf16"
+    )
+    trainer = Trainer(parse_arguments(arguments))
+    trainer.load_model()
+    base = trainer.transformer.transformer_blocks[0].audio_attn1.to_q.base_layer.weight
+    assert "Int8" in type(base).__name__
+    before = base.dequantize().clone()
+    trainer.run()
+    assert torch.equal(base.dequantize(), before)
+    first = adapter_of(tmp_path, 2)
+    assert any(not torch.equal(first[key], value) for key, value in adapter_of(tmp_path).items())
+    assert all(value.isfinite().all() for value in adapter_of(tmp_path).values())
+
+
+@pytest.mark.parametrize("kind", ["bnb_8bit", "bnb_4bit"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it may work there")
+def test_a_quantization_that_can_not_be_had_is_refused_in_a_sentence(tiny_checkpoint, data, tmp_path, kind):
+    trainer = Trainer(parse_arguments(options(tiny_checkpoint(), data["ltx-2.3"], tmp_path, quantize_base=kind)))
+    with pytest.raises(ValueError, match="`quantize_base`"):
+        trainer.load_model()
+
+
 # Bad input
 
 

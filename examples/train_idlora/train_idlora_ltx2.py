@@ -28,8 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    except (BadSteps, OSError) as error:
+    except BadSteps as error:
         print(f"Error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except OSError as error:
+        print(f"Error: a file could not be written ({error}); the last checkpoint is intact.", file=sys.stderr)  # noqa: T201
         return 1
     if trainer.was_stopped:
         return 0

@@ -12,6 +12,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from diffusers.pipelines.ltx2.utils import conditioning_frame_rate
+from diffusers.utils import logging
 
 from .attention_processor import ReferenceAttention, is_first_generation
 from .denoising import Denoiser, TextContext
@@ -31,6 +32,9 @@ from .inputs import (
 from .lora import AdapterInfo, check_adapter, load_adapter, lora_config
 from .pipeline_steps import LTX2IDLoRASteps
 from .prompt import IDLoRAPrompt
+
+
+logger = logging.get_logger(__name__)
 
 
 class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
@@ -302,26 +306,15 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         position_frame_rate = conditioning_frame_rate(frame_rate, motion_speed)
 
         # 2. Read the prompts: text encoder and connectors, once for all of them
-        needs_negative = scales.uses_text_guidance and negative_text_context is None
-        if prompts is not None and needs_negative and negative_prompt_embeds is None:
-            both = self.encode_text_context(
-                prompts + negative_prompts, max_sequence_length=max_sequence_length, device=device
-            )
-            text_context = both.rows(0, num_prompts)
-            negative_text_context = both.rows(num_prompts, 2 * num_prompts)
-        else:
-            if text_context is None:
-                text_context = self.encode_text_context(
-                    prompts, prompt_embeds, prompt_attention_mask, max_sequence_length, device
-                )
-            if needs_negative:
-                negative_text_context = self.encode_text_context(
-                    None if negative_prompt_embeds is not None else negative_prompts,
-                    negative_prompt_embeds,
-                    negative_prompt_attention_mask,
-                    max_sequence_length,
-                    device,
-                )
+        text_context, negative_text_context = self.prepare_contexts(
+            prompts,
+            negative_prompts if scales.uses_text_guidance else None,
+            text_context,
+            negative_text_context,
+            (prompt_embeds, prompt_attention_mask),
+            (negative_prompt_embeds, negative_prompt_attention_mask),
+            max_sequence_length,
+        )
         if num_frames is None:
             num_frames = self.duration_head.predict_num_frames(
                 text_context.video_embeds,
@@ -334,7 +327,7 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         dtype = self.transformer.dtype
         context = text_context.to(device, dtype).repeat_rows(num_videos_per_prompt)
         negative_context = None
-        if scales.uses_text_guidance:
+        if negative_text_context is not None:
             negative_context = negative_text_context.to(device, dtype).repeat_rows(num_videos_per_prompt)
 
         # 3. Encode the voices and the faces
@@ -503,8 +496,15 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         loading = {name: kwargs.pop(name) for name in ("low_cpu_mem_usage",) if name in kwargs}
         state_dict, metadata = load_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
         info = check_adapter(state_dict, metadata, self.transformer)
+        self._warn_of_other_base(info)
         super().load_lora_weights(state_dict, adapter_name, hotswap, lora_config=lora_config(metadata), **loading)
         self._adapters[adapter_name or self.get_active_adapters()[-1]] = info
+
+    def _warn_of_other_base(self, info: AdapterInfo) -> None:
+        """Only where both are named as Hub repositories: a folder may have any name."""
+        mine = str(self.config.get("_name_or_path") or "")
+        if info.base_model and mine.count("/") == info.base_model.count("/") == 1 and mine != info.base_model:
+            logger.warning(f"This adapter was made for {info.base_model}, and is loaded into {mine}.")
 
     @property
     def _adapters(self) -> dict[str, AdapterInfo]:

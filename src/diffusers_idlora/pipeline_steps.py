@@ -267,6 +267,39 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
         # Without a mask every attention kernel can be used; with learnable registers no token is ever masked.
         return TextContext(video_embeds, audio_embeds, None if attention_mask.all() else attention_mask)
 
+    def prepare_contexts(
+        self,
+        prompts: list[str] | None,
+        negative_prompts: list[str] | None,
+        context: TextContext | None,
+        negative_context: TextContext | None,
+        embeds: tuple[torch.Tensor | None, torch.Tensor | None],
+        negative_embeds: tuple[torch.Tensor | None, torch.Tensor | None],
+        max_sequence_length: int,
+    ) -> tuple[TextContext, TextContext | None]:
+        """
+        The contexts of prompts and negative prompts. Texts of both go through the text encoder in one batch, so that
+        offloading moves it once.
+
+        Args:
+            prompts (`list[str]`, *optional*), negative_prompts (`list[str]`, *optional*):
+                The texts. Without `negative_prompts` there is no text guidance, and no negative context is made.
+            context ([`TextContext`], *optional*), negative_context ([`TextContext`], *optional*): Finished contexts.
+            embeds (`tuple`), negative_embeds (`tuple`): Embeddings and attention masks, or `None` and `None`.
+            max_sequence_length (`int`): Tokens of a prompt.
+        """
+        if negative_prompts is None:
+            negative_context = None
+        elif prompts is not None and negative_context is None and negative_embeds[0] is None:
+            both = self.encode_text_context(prompts + negative_prompts, max_sequence_length=max_sequence_length)
+            return both.rows(0, len(prompts)), both.rows(len(prompts), len(prompts) + len(negative_prompts))
+        elif negative_context is None:
+            texts = negative_prompts if negative_embeds[0] is None else None
+            negative_context = self.encode_text_context(texts, *negative_embeds, max_sequence_length)
+        if context is None:
+            context = self.encode_text_context(prompts, *embeds, max_sequence_length)
+        return context, negative_context
+
     @torch.no_grad()
     def encode_reference_audio(self, reference_audio: Any, sampling_rate: int | None = None) -> torch.Tensor:
         """

@@ -79,6 +79,9 @@ class TrainingArguments:
 
     # Memory and speed
     mixed_precision: Literal["no", "fp16", "bf16"] = option("bf16", "What the base computes in.")
+    quantize_base: Literal["none", "torchao_int8", "bnb_8bit", "bnb_4bit"] = option(
+        "none", "Keep the frozen base in fewer bits; needs torchao or bitsandbytes."
+    )
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.")
     compile: bool = option(False, "Compile the transformer's blocks.")
     dataloader_num_workers: int = option(0, "Worker processes that read samples.")

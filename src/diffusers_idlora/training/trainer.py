@@ -16,27 +16,23 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import LTX2VideoTransformer3DModel
 from diffusers.optimization import get_scheduler
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.utils import logging
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..attention_processor import ReferenceAttention
-from ..lora import check_adapter, load_adapter, to_diffusers_keys
 from ..media import read_video, replaced_when_complete
 from .arguments import TrainingArguments
 from .batches import BatchOrder, SampleDraw, collate
 from .checkpoints import check_same_run, find_checkpoint, save_checkpoint
 from .finish import make_record, publish_folder
 from .hub import check_hub_access, save_trained_adapter
+from .loading import add_lora, load_samples, load_transformer, make_optimizer
 from .objective import Objective
-from .original_format import OriginalFormatFolder
-from .samples import SampleFolder, TrainingSample
+from .samples import TrainingSample
 from .validation import load_validation_pipeline, validation_losses, validation_videos
 
 
@@ -107,7 +103,9 @@ class Trainer:
         add_lora(self.transformer, arguments)
         if arguments.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        self.transformer.to(self.accelerator.device)
+        if not arguments.quantize_base.startswith("bnb"):
+            # bitsandbytes has put its weights on the device itself, and refuses to move them.
+            self.transformer.to(self.accelerator.device)
         if arguments.compile:
             self.transformer.compile_repeated_blocks(fullgraph=True)
         self.parameters = [item for item in self.transformer.parameters() if item.requires_grad]
@@ -347,26 +345,6 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
 
 
-def load_samples(arguments: TrainingArguments) -> tuple[Dataset, Dataset | None]:
-    """The samples to train on and, if there are any, those held out for validation."""
-    if arguments.precomputed_format == "original":
-        connectors = LTX2TextConnectors.from_pretrained(
-            arguments.pretrained_model_name_or_path, subfolder="connectors", revision=arguments.revision
-        )
-        return OriginalFormatFolder(arguments.instance_data_root, connectors), None
-    samples = SampleFolder(arguments.instance_data_root, split="train")
-    held_out = None
-    if arguments.validation_steps:
-        try:
-            held_out = SampleFolder(arguments.instance_data_root, split="validation")
-        except ValueError as error:
-            raise ValueError(
-                f"`validation_steps` is {arguments.validation_steps}, but {error} Prepare the data with"
-                " `--validation_speakers`, or leave `validation_steps` out."
-            ) from error
-    return samples, held_out
-
-
 def append_json_line(path: Path, row: dict) -> None:
     """Appends a row to a JSON Lines file."""
     with path.open("a", encoding="utf-8") as file:
@@ -386,80 +364,6 @@ def log_videos(accelerator: Accelerator, videos: list[Path], step: int) -> None:
             elif tracker.name in ("wandb", "trackio"):
                 video_class = __import__(tracker.name).Video
                 tracker.log({name: video_class(str(path))}, step=step)
-
-
-def load_transformer(arguments: TrainingArguments, dtype: torch.dtype) -> LTX2VideoTransformer3DModel:
-    """The frozen base transformer of a checkpoint in diffusers layout."""
-    try:
-        transformer = LTX2VideoTransformer3DModel.from_pretrained(
-            arguments.pretrained_model_name_or_path,
-            subfolder="transformer",
-            revision=arguments.revision,
-            variant=arguments.variant,
-            torch_dtype=dtype,
-        )
-    except OSError as error:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` is {arguments.pretrained_model_name_or_path!r}, from which no"
-            f" transformer could be loaded ({str(error).splitlines()[0]}); give a checkpoint in diffusers layout."
-        ) from error
-    return transformer.requires_grad_(False)
-
-
-def add_lora(transformer: LTX2VideoTransformer3DModel, arguments: TrainingArguments) -> None:
-    """Adds the trainable LoRA, its weights in float32 whatever the base is in."""
-    init = arguments.init_lora_weights
-    config = LoraConfig(
-        r=arguments.rank,
-        lora_alpha=arguments.rank if arguments.lora_alpha is None else arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=arguments.target_modules,
-        use_dora=arguments.use_dora,
-        init_lora_weights=True if init == "default" else init,
-    )
-    try:
-        transformer.add_adapter(config)
-    except ValueError as error:
-        raise ValueError(
-            f"`target_modules` {arguments.target_modules!r} fits no module of the transformer, or not with these LoRA"
-            f" options ({str(error).splitlines()[0]})."
-        ) from error
-    if arguments.lora_path is not None:
-        state_dict, metadata = load_adapter(arguments.lora_path, name="lora_path")
-        check_adapter(state_dict, metadata, transformer, name="lora_path")
-        state = {key.removeprefix("transformer."): value for key, value in to_diffusers_keys(state_dict).items()}
-        mismatch = set_peft_model_state_dict(transformer, state)
-        if mismatch.unexpected_keys:
-            raise ValueError(
-                f"`lora_path` {arguments.lora_path!r} adapts {mismatch.unexpected_keys[0]!r}, which `target_modules`"
-                " does not; make them agree."
-            )
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def make_optimizer(parameters: list[torch.nn.Parameter], arguments: TrainingArguments) -> torch.optim.Optimizer:
-    """The optimizer of a run; the 8-bit one and Prodigy need packages of their own."""
-    options = {
-        "lr": arguments.learning_rate,
-        "betas": (arguments.adam_beta1, arguments.adam_beta2),
-        "eps": arguments.adam_epsilon,
-        "weight_decay": arguments.adam_weight_decay,
-    }
-    if arguments.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
-    package, name = {"adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"), "prodigy": ("prodigyopt", "Prodigy")}[
-        arguments.optimizer
-    ]
-    try:
-        module = __import__(package, fromlist=[name])
-    except ImportError as error:
-        raise ValueError(
-            f"`optimizer` {arguments.optimizer!r} needs a package that is not installed: pip install"
-            f" {package.split('.')[0]}."
-        ) from error
-    return getattr(module, name)(parameters, **options)
 
 
 class LossLog:

@@ -1,0 +1,132 @@
+"""What a run starts from: samples, the frozen base, the LoRA on it, the optimizer."""
+
+import torch
+from diffusers import BitsAndBytesConfig, LTX2VideoTransformer3DModel, TorchAoConfig
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from peft import LoraConfig, set_peft_model_state_dict
+from torch.utils.data import Dataset
+
+from ..lora import check_adapter, load_adapter, to_diffusers_keys
+from .arguments import TrainingArguments
+from .original_format import OriginalFormatFolder
+from .samples import SampleFolder
+
+
+def load_samples(arguments: TrainingArguments) -> tuple[Dataset, Dataset | None]:
+    """The samples to train on and, if there are any, those held out for validation."""
+    if arguments.precomputed_format == "original":
+        connectors = LTX2TextConnectors.from_pretrained(
+            arguments.pretrained_model_name_or_path, subfolder="connectors", revision=arguments.revision
+        )
+        return OriginalFormatFolder(arguments.instance_data_root, connectors), None
+    samples = SampleFolder(arguments.instance_data_root, split="train")
+    held_out = None
+    if arguments.validation_steps:
+        try:
+            held_out = SampleFolder(arguments.instance_data_root, split="validation")
+        except ValueError as error:
+            raise ValueError(
+                f"`validation_steps` is {arguments.validation_steps}, but {error} Prepare the data with"
+                " `--validation_speakers`, or leave `validation_steps` out."
+            ) from error
+    return samples, held_out
+
+
+def load_transformer(arguments: TrainingArguments, dtype: torch.dtype) -> LTX2VideoTransformer3DModel:
+    """The frozen base transformer of a checkpoint in diffusers layout."""
+    try:
+        transformer = LTX2VideoTransformer3DModel.from_pretrained(
+            arguments.pretrained_model_name_or_path,
+            subfolder="transformer",
+            revision=arguments.revision,
+            variant=arguments.variant,
+            dtype=dtype,
+            quantization_config=quantization_config(arguments.quantize_base, dtype),
+        )
+    except (ImportError, RuntimeError) as error:
+        if arguments.quantize_base == "none":
+            raise
+        raise ValueError(
+            f"`quantize_base` {arguments.quantize_base!r} can't be had here: {str(error).splitlines()[0]}"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is {arguments.pretrained_model_name_or_path!r}, from which no"
+            f" transformer could be loaded ({str(error).splitlines()[0]}); give a checkpoint in diffusers layout."
+        ) from error
+    return transformer.requires_grad_(False)
+
+
+def quantization_config(kind: str, dtype: torch.dtype):
+    """The configuration with which diffusers quantizes the frozen base, or `None`; `dtype` is what it computes in."""
+    try:
+        if kind == "torchao_int8":
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            return TorchAoConfig(Int8WeightOnlyConfig())
+        if kind == "bnb_8bit":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        if kind == "bnb_4bit":
+            return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    except ImportError as error:
+        package = "torchao" if kind == "torchao_int8" else "bitsandbytes"
+        raise ValueError(
+            f"`quantize_base` {kind!r} needs a package that is missing: pip install {package}."
+        ) from error
+    return None
+
+
+def add_lora(transformer: LTX2VideoTransformer3DModel, arguments: TrainingArguments) -> None:
+    """Adds the trainable LoRA, its weights in float32 whatever the base is in."""
+    init = arguments.init_lora_weights
+    config = LoraConfig(
+        r=arguments.rank,
+        lora_alpha=arguments.rank if arguments.lora_alpha is None else arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.target_modules,
+        use_dora=arguments.use_dora,
+        init_lora_weights=True if init == "default" else init,
+    )
+    try:
+        transformer.add_adapter(config)
+    except ValueError as error:
+        raise ValueError(
+            f"`target_modules` {arguments.target_modules!r} fits no module of the transformer, or not with these LoRA"
+            f" options ({str(error).splitlines()[0]})."
+        ) from error
+    if arguments.lora_path is not None:
+        state_dict, metadata = load_adapter(arguments.lora_path, name="lora_path")
+        check_adapter(state_dict, metadata, transformer, name="lora_path")
+        state = {key.removeprefix("transformer."): value for key, value in to_diffusers_keys(state_dict).items()}
+        mismatch = set_peft_model_state_dict(transformer, state)
+        if mismatch.unexpected_keys:
+            raise ValueError(
+                f"`lora_path` {arguments.lora_path!r} adapts {mismatch.unexpected_keys[0]!r}, which `target_modules`"
+                " does not; make them agree."
+            )
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], arguments: TrainingArguments) -> torch.optim.Optimizer:
+    """The optimizer of a run; the 8-bit one and Prodigy need packages of their own."""
+    options = {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+        "weight_decay": arguments.adam_weight_decay,
+    }
+    if arguments.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    package, name = {"adamw_8bit": ("bitsandbytes.optim", "AdamW8bit"), "prodigy": ("prodigyopt", "Prodigy")}[
+        arguments.optimizer
+    ]
+    try:
+        module = __import__(package, fromlist=[name])
+    except ImportError as error:
+        raise ValueError(
+            f"`optimizer` {arguments.optimizer!r} needs a package that is not installed: pip install"
+            f" {package.split('.')[0]}."
+        ) from error
+    return getattr(module, name)(parameters, **options)
