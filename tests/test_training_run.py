@@ -67,6 +67,14 @@ def assert_equal_adapters(first, second):
         assert torch.equal(value, second[key]), key
 
 
+def wait_for_rows(output, count, process):
+    """Until the run has written so many rows of losses."""
+    rows, deadline = output / "loss.csv", time.monotonic() + 120
+    while not (rows.is_file() and len(rows.read_text().splitlines()) > count) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def losses_of(output):
     with (output / "loss.csv").open(newline="") as file:
         return [float(row["loss"]) for row in csv.DictReader(file)]
@@ -91,12 +99,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_uninterrupte
     moments = random.Random(0)
     for _ in range(2):
         process = launch(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        rows = tmp_path / "loss.csv"
-        deadline = time.monotonic() + 120
         # Killed somewhere within the steps, not while the interpreter starts.
-        while not (rows.is_file() and len(rows.read_text().splitlines()) > 2) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_for_rows(tmp_path, 2, process)
         time.sleep(moments.random() * 0.1)
         process.kill()
         process.wait()
@@ -114,11 +118,7 @@ def test_sigterm_saves_and_ends_well_and_the_run_goes_on_from_there(tiny_checkpo
         tiny_checkpoint(), data["ltx-2.3"], tmp_path, max_train_steps=100000, checkpointing_steps=100000
     )
     process = launch(arguments, stderr=subprocess.PIPE)
-    rows = tmp_path / "loss.csv"
-    deadline = time.monotonic() + 120
-    while not (rows.is_file() and len(rows.read_text().splitlines()) > 3) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_rows(tmp_path, 3, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -158,6 +158,59 @@ def test_a_checkpoint_of_another_run_is_refused_before_the_model_loads(
     arguments = options(tiny_checkpoint(), data["ltx-2.3"], straight, resume_from_checkpoint="latest", **changed)
     with pytest.raises(ValueError, match=named):
         Trainer(parse_arguments(arguments))
+
+
+def test_a_folder_that_holds_a_run_is_not_trained_over(tiny_checkpoint, data, straight):
+    before = {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="`output_dir`.*holds a run already"):
+        Trainer(parse_arguments(options(tiny_checkpoint(), data["ltx-2.3"], straight)))
+    assert {path: path.read_bytes() for path in straight.rglob("*") if path.is_file()} == before
+
+
+def test_latest_is_refused_where_every_checkpoint_is_broken(tiny_checkpoint, data, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    for folder in list_checkpoints(tmp_path / "run"):
+        (folder / ADAPTER_STATE_NAME).unlink()
+    with pytest.raises(ValueError, match="none of the 3 checkpoints"):
+        train(tiny_checkpoint, data, tmp_path / "run", resume_from_checkpoint="latest")
+    assert len(losses_of(tmp_path / "run")) == 6
+
+
+def test_more_steps_go_on_along_the_longer_schedule(tiny_checkpoint, data, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    train(tiny_checkpoint, data, tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=12)
+    with (tmp_path / "run" / "loss.csv").open(newline="") as file:
+        rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
+    assert rates[6:] == pytest.approx([0.01 * (12 - step) / 12 for step in range(6, 12)])
+
+
+def test_samples_per_forward_may_be_shared_out_anew_but_not_changed(tiny_checkpoint, data, straight):
+    arguments = options(
+        tiny_checkpoint(), data["ltx-2.3"], straight, resume_from_checkpoint="latest", train_batch_size=1
+    )
+    with pytest.raises(ValueError, match="samples_per_forward 2 -> 1"):
+        Trainer(parse_arguments(arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell a process nothing of its launcher's end")
+def test_sigterm_to_accelerate_launch_ends_the_training_with_a_checkpoint(tiny_checkpoint, data, tmp_path):
+    arguments = options(
+        tiny_checkpoint(), data["ltx-2.3"], tmp_path, max_train_steps=100000, checkpointing_steps=100000
+    )
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([*launcher, *arguments], env=environment, stderr=subprocess.DEVNULL)
+    wait_for_rows(tmp_path, 3, process)
+    process.terminate()
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while not list_checkpoints(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (checkpoint,) = list_checkpoints(tmp_path)
+    assert read_checkpoint(checkpoint)["step"] >= 3
 
 
 def test_other_data_are_refused_on_resume(tiny_checkpoint, straight, tmp_path):
@@ -280,6 +333,17 @@ def test_training_starts_from_an_existing_adapter(tiny_checkpoint, tiny_adapter,
         assert torch.equal(parameters[name], value.float())
 
 
+def test_an_adapter_to_start_from_keeps_its_strength_or_is_refused(tiny_checkpoint, data, straight, tmp_path):
+    first = train(tiny_checkpoint, data, tmp_path / "first", lora_alpha=16)
+    finish(first, [])
+    arguments = options(tiny_checkpoint(), data["ltx-2.3"], tmp_path / "second", lora_path=tmp_path / "first")
+    second = Trainer(parse_arguments(arguments))
+    second.load_model()
+    assert second.transformer.transformer_blocks[0].audio_attn1.to_q.scaling["default"] == 4.0
+    with pytest.raises(ValueError, match="`lora_path`.*rank 4.*`rank` 8"):
+        Trainer(parse_arguments([*arguments[:-2], "--lora_path", str(tmp_path / "first"), "--rank", "8"]))
+
+
 def test_only_the_adapted_modules_train_and_in_float32(tiny_checkpoint, data, tmp_path):
     trainer = Trainer(parse_arguments(options(tiny_checkpoint(), data["ltx-2.3"], tmp_path, mixed_precision="bf16")))
     trainer.load_model()
@@ -327,6 +391,12 @@ def test_a_quantization_that_can_not_be_had_is_refused_in_a_sentence(tiny_checkp
         ({"learning_rate": -1}, "`learning_rate` is -1"),
         ({"resume_from_checkpoint": "checkpoint-77"}, "`resume_from_checkpoint` is 'checkpoint-77'"),
         ({"hub_token": "x", "report_to": "wandb"}, "`hub_token`"),
+        ({"target_modules": "("}, "`target_modules` '\\('"),
+        ({"lr_scheduler": "linnear"}, "`lr_scheduler` is 'linnear'"),
+        ({"optimizer": "prodigy"}, "`optimizer` 'prodigy' needs a package"),
+        ({"report_to": "comet_ml"}, "`report_to` 'comet_ml' is not installed"),
+        ({"lora_path": "nowhere.safetensors"}, "`lora_path`"),
+        ({"precomputed_format": "original", "validation_steps": 1}, "`validation_steps`"),
         ({"pretrained_model_name_or_path": ""}, "`pretrained_model_name_or_path` is missing"),
     ],
 )
@@ -339,10 +409,9 @@ def test_bad_settings_are_refused_in_one_sentence(tiny_checkpoint, data, tmp_pat
 def test_modules_that_do_not_exist_and_data_of_another_base_are_refused(tiny_checkpoint, data, tmp_path):
     arguments = options(tiny_checkpoint(), data["ltx-2.3"], tmp_path, target_modules="nothing")
     with pytest.raises(ValueError, match="`target_modules` 'nothing'"):
-        Trainer(parse_arguments(arguments)).load_model()
-    trainer = Trainer(parse_arguments(options(tmp_path / "no-base", data["ltx-2.3"], tmp_path)))
+        Trainer(parse_arguments(arguments))
     with pytest.raises(ValueError, match="`pretrained_model_name_or_path` is"):
-        trainer.load_model()
+        Trainer(parse_arguments(options(tmp_path / "no-base", data["ltx-2.3"], tmp_path)))
 
 
 def test_a_config_file_gives_defaults_that_options_override(tmp_path):
@@ -350,6 +419,16 @@ def test_a_config_file_gives_defaults_that_options_override(tmp_path):
     config.write_text("pretrained_model_name_or_path: base\ninstance_data_root: data\nlearning_rate: 2e-4\nrank: 64\n")
     arguments = parse_arguments(["--config", str(config), "--rank", "32"])
     assert (arguments.pretrained_model_name_or_path, arguments.learning_rate, arguments.rank) == ("base", 2e-4, 32)
+    config.write_text(
+        "pretrained_model_name_or_path: b\ninstance_data_root: d\nmixed_precision: no\nlora_path: null\n"
+    )
+    arguments = parse_arguments(["--config", str(config)])
+    assert (arguments.mixed_precision, arguments.lora_path) == ("no", None)
+    for wrong in ("quantize_base: bnb4", "rank: 8.5", "init_lora_weights: pissa"):
+        config.write_text(f"pretrained_model_name_or_path: b\ninstance_data_root: d\n{wrong}\n")
+        with pytest.raises(SystemExit) as error:
+            parse_arguments(["--config", str(config)])
+        assert error.value.code == 2
     config.write_text("ranks: 64\n")
     with pytest.raises(ValueError, match="'ranks'"):
         parse_arguments(["--config", str(config)])

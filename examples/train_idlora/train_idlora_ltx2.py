@@ -10,6 +10,8 @@ Run it with `accelerate launch train_idlora_ltx2.py --config configs/celebvhq.ya
 `--help` lists every option.
 """
 
+import ctypes
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -18,8 +20,18 @@ from diffusers_idlora.training.finish import finish
 from diffusers_idlora.training.trainer import BadSteps, Trainer
 
 
+PR_SET_PDEATHSIG = 1
+
+
+def stop_with_the_launcher() -> None:
+    """On Linux: asks for a SIGTERM when the launcher dies, which does not hand on its own."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a training from its command line; returns the exit code."""
+    stop_with_the_launcher()
     try:
         trainer = Trainer(parse_arguments(arguments))
         trainer.check_hub()
@@ -32,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except OSError as error:
+        if error.errno is None:
+            raise
         print(f"Error: a file could not be written ({error}); the last checkpoint is intact.", file=sys.stderr)  # noqa: T201
         return 1
     if trainer.was_stopped:

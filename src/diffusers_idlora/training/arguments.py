@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,8 @@ from .objective import RECIPE_TARGET_MODULES
 # What may change between a run and its continuation; with anything else changed it would be another run.
 MAY_CHANGE_ON_RESUME = (
     ("pretrained_model_name_or_path", "revision", "variant", "instance_data_root", "dataset_name")
-    + ("init_lora_weights", "lora_path", "output_dir", "max_train_steps", "max_bad_steps")
-    + ("gradient_checkpointing", "compile", "dataloader_num_workers")
+    + ("lora_path", "output_dir", "max_train_steps", "max_bad_steps", "train_batch_size")
+    + ("gradient_checkpointing", "compile")
     + ("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint")
     + ("validation_steps", "num_validation_samples", "validation_inference_steps")
     + ("also_original_format", "push_to_hub", "push_checkpoints", "hub_model_id", "hub_private_repo", "hub_token")
@@ -50,7 +51,9 @@ class TrainingArguments:
     lora_dropout: float = option(0.0, "Dropout within the LoRA.")
     target_modules: str = option(RECIPE_TARGET_MODULES, "Regular expression for the adapted modules.")
     use_dora: bool = option(False, "Train a DoRA.")
-    init_lora_weights: str = option("default", "How peft initialises the LoRA: default, gaussian, pissa, ...")
+    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = option(
+        "default", "How peft initialises the LoRA; ways that change the base are left out."
+    )
     lora_path: str | None = option(None, "Adapter to start from: file, folder or Hub repository.")
 
     # Objective
@@ -84,7 +87,6 @@ class TrainingArguments:
     )
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.")
     compile: bool = option(False, "Compile the transformer's blocks.")
-    dataloader_num_workers: int = option(0, "Worker processes that read samples.")
 
     # Checkpoints
     checkpointing_steps: int = option(500, "Save a checkpoint every so many steps.")
@@ -159,25 +161,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingArguments
     """
     parser = HfArgumentParser(TrainingArguments, description="Train an ID-LoRA for LTX-2.")
     parser.add_argument("--config", type=Path, help="YAML file with these options by their names.")
-    early, _ = parser.parse_known_args(arguments)
-    if early.config is not None:
-        parser.set_defaults(**_read_config(early.config))
-    values = vars(parser.parse_args(arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    early, _ = parser.parse_known_args(given)
+    # The file's options go through the same checks as those of the command line, which come last and win.
+    from_file = [] if early.config is None else _read_config(early.config)
+    values = vars(parser.parse_args([*from_file, *given]))
     values.pop("config")
     return TrainingArguments(**values)
 
 
-def _read_config(path: Path) -> dict:
+def _read_config(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"`config` is {str(path)!r}, where there is no file; check the path.")
     values = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"`config` {str(path)!r} is no YAML mapping; write options as `name: value`.")
-    kinds = {item.name: item for item in dataclasses.fields(TrainingArguments)}
+    names = {item.name for item in dataclasses.fields(TrainingArguments)}
+    tokens = []
     for name, value in values.items():
-        if name not in kinds:
+        if name not in names:
             raise ValueError(f"`config` {str(path)!r} has the unknown option {name!r}; see --help for their names.")
-        # YAML 1.1 reads 2e-4 as text.
-        if isinstance(value, str) and kinds[name].type in (float, float | None):
-            values[name] = float(value)
-    return values
+        if isinstance(value, (list, dict)):
+            raise ValueError(f"`config` {str(path)!r} has {value!r} for `{name}`; give a single value.")
+        if value is not None:
+            # YAML 1.1 reads a bare `no` as false.
+            value = "no" if name == "mixed_precision" and value is False else value
+            tokens += [f"--{name}", str(value)]
+    return tokens

@@ -21,12 +21,12 @@ class BatchOrder:
     The endless sequence of batches: every epoch visits every sample in a new order, batches hold one latent shape.
 
     Attributes:
-        shapes (`Sequence[tuple[int, int, int]]`): Latent shape of every sample.
+        buckets (`Sequence[tuple]`): Of every sample what it must share with the others of its batch, its shape.
         batch_size (`int`): Samples of a batch over all processes.
         seed (`int`): Of the run.
     """
 
-    shapes: Sequence[tuple[int, int, int]]
+    buckets: Sequence[tuple]
     batch_size: int
     seed: int
 
@@ -36,11 +36,11 @@ class BatchOrder:
         from its beginning, so that every batch is full.
         """
         random = np.random.default_rng([self.seed, number])
-        buckets = defaultdict(list)
-        for index in random.permutation(len(self.shapes)).tolist():
-            buckets[tuple(self.shapes[index])].append(index)
+        by_bucket = defaultdict(list)
+        for index in random.permutation(len(self.buckets)).tolist():
+            by_bucket[tuple(self.buckets[index])].append(index)
         batches = []
-        for indices in buckets.values():
+        for indices in by_bucket.values():
             count = -(-len(indices) // self.batch_size) * self.batch_size
             filled = [indices[position % len(indices)] for position in range(count)]
             batches += [filled[start : start + self.batch_size] for start in range(0, count, self.batch_size)]

@@ -77,7 +77,8 @@ def save_checkpoint(
         raise
     wait()
     if is_main_process and total_limit is not None:
-        for old in list_checkpoints(output_dir)[:-total_limit]:
+        others = [folder for folder in list_checkpoints(output_dir) if folder != final]
+        for old in others[: max(0, len(others) - (total_limit - 1))]:
             shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -133,9 +134,14 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | None) -> tuple[
         Folder and state, or `None` to start afresh.
 
     Raises:
-        ValueError: If the folder asked for is missing or broken.
+        ValueError: If the folder asked for is missing or broken, or there is a run and none was asked for.
     """
     if wanted is None:
+        if list_checkpoints(output_dir) or (Path(output_dir) / "loss.csv").exists():
+            raise ValueError(
+                f"`output_dir` {str(output_dir)!r} holds a run already; give `resume_from_checkpoint` latest to go on"
+                " with it, or another folder."
+            )
         return None
     if wanted != "latest":
         folder = Path(wanted) if Path(wanted).is_dir() else Path(output_dir) / wanted
@@ -144,11 +150,17 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | None) -> tuple[
                 f"`resume_from_checkpoint` is {wanted!r}, where there is no folder; give one, or 'latest'."
             )
         return folder, read_checkpoint(folder)
-    for folder in reversed(list_checkpoints(output_dir)):
+    folders = list_checkpoints(output_dir)
+    for folder in reversed(folders):
         try:
             return folder, read_checkpoint(folder)
         except ValueError as error:
             logger.warning(f"{error} Trying an older one.")
+    if folders:
+        raise ValueError(
+            f"`resume_from_checkpoint` is 'latest', and none of the {len(folders)} checkpoints in {str(output_dir)!r}"
+            " is whole; move them away to start afresh."
+        )
     return None
 
 

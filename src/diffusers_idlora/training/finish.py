@@ -36,7 +36,7 @@ def make_record(trainer: "Trainer") -> TrainingRecord:
         base_revision=arguments.revision,
         generation=transformer_generation(trainer.transformer),
         rank=arguments.rank,
-        alpha=arguments.rank if arguments.lora_alpha is None else arguments.lora_alpha,
+        alpha=trainer.transformer.peft_config["default"].lora_alpha,
         target_modules=arguments.target_modules,
         steps=trainer.step,
         batch_size=trainer.global_batch_size * arguments.gradient_accumulation_steps,

@@ -1,7 +1,14 @@
 """What a run starts from: samples, the frozen base, the LoRA on it, the optimizer."""
 
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from accelerate import init_empty_weights
 from diffusers import BitsAndBytesConfig, LTX2VideoTransformer3DModel, TorchAoConfig
+from diffusers.optimization import SchedulerType
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from peft import LoraConfig, set_peft_model_state_dict
 from torch.utils.data import Dataset
@@ -12,13 +19,59 @@ from .original_format import OriginalFormatFolder
 from .samples import SampleFolder
 
 
-def load_samples(arguments: TrainingArguments) -> tuple[Dataset, Dataset | None]:
+def check_before_loading(arguments: TrainingArguments) -> None:
+    """
+    Tries everything that needs no weights, so that a mistake is told before they are loaded: the LoRA on a transformer
+    without memory, the adapter to start from, schedule, optimizer and tracker.
+
+    Raises:
+        ValueError: With the option, its value and the remedy.
+    """
+    known = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+    if arguments.lr_scheduler not in known:
+        raise ValueError(f"`lr_scheduler` is {arguments.lr_scheduler!r}; give one of {', '.join(known)}.")
+    make_optimizer([torch.nn.Parameter(torch.zeros(1))], arguments)
+    if arguments.report_to is not None and not importlib.util.find_spec(arguments.report_to):
+        raise ValueError(f"`report_to` {arguments.report_to!r} is not installed; pip install {arguments.report_to}.")
+    try:
+        re.compile(arguments.target_modules)
+    except re.error as error:
+        raise ValueError(
+            f"`target_modules` {arguments.target_modules!r} is no regular expression ({error}); mend it."
+        ) from error
+    with _base_errors(arguments):
+        config = LTX2VideoTransformer3DModel.load_config(
+            arguments.pretrained_model_name_or_path, subfolder="transformer", revision=arguments.revision
+        )
+    with init_empty_weights():
+        skeleton = LTX2VideoTransformer3DModel.from_config(config)
+        add_lora(skeleton, arguments, with_weights=False)
+
+
+@contextmanager
+def _base_errors(arguments: TrainingArguments) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` is {arguments.pretrained_model_name_or_path!r}, from which the base"
+            f" could not be loaded ({str(error).splitlines()[0]}); give a checkpoint in diffusers layout."
+        ) from error
+
+
+def load_samples(arguments: TrainingArguments, device: torch.device | str = "cpu") -> tuple[Dataset, Dataset | None]:
     """The samples to train on and, if there are any, those held out for validation."""
     if arguments.precomputed_format == "original":
-        connectors = LTX2TextConnectors.from_pretrained(
-            arguments.pretrained_model_name_or_path, subfolder="connectors", revision=arguments.revision
-        )
-        return OriginalFormatFolder(arguments.instance_data_root, connectors), None
+        if arguments.validation_steps:
+            raise ValueError(
+                "`validation_steps` needs held-out samples, which `precomputed_format` original has none of; leave it"
+                " out."
+            )
+        with _base_errors(arguments):
+            connectors = LTX2TextConnectors.from_pretrained(
+                arguments.pretrained_model_name_or_path, subfolder="connectors", revision=arguments.revision
+            )
+        return OriginalFormatFolder(arguments.instance_data_root, connectors.to(device)), None
     samples = SampleFolder(arguments.instance_data_root, split="train")
     held_out = None
     if arguments.validation_steps:
@@ -35,24 +88,20 @@ def load_samples(arguments: TrainingArguments) -> tuple[Dataset, Dataset | None]
 def load_transformer(arguments: TrainingArguments, dtype: torch.dtype) -> LTX2VideoTransformer3DModel:
     """The frozen base transformer of a checkpoint in diffusers layout."""
     try:
-        transformer = LTX2VideoTransformer3DModel.from_pretrained(
-            arguments.pretrained_model_name_or_path,
-            subfolder="transformer",
-            revision=arguments.revision,
-            variant=arguments.variant,
-            dtype=dtype,
-            quantization_config=quantization_config(arguments.quantize_base, dtype),
-        )
+        with _base_errors(arguments):
+            transformer = LTX2VideoTransformer3DModel.from_pretrained(
+                arguments.pretrained_model_name_or_path,
+                subfolder="transformer",
+                revision=arguments.revision,
+                variant=arguments.variant,
+                dtype=dtype,
+                quantization_config=quantization_config(arguments.quantize_base, dtype),
+            )
     except (ImportError, RuntimeError) as error:
         if arguments.quantize_base == "none":
             raise
         raise ValueError(
             f"`quantize_base` {arguments.quantize_base!r} can't be had here: {str(error).splitlines()[0]}"
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            f"`pretrained_model_name_or_path` is {arguments.pretrained_model_name_or_path!r}, from which no"
-            f" transformer could be loaded ({str(error).splitlines()[0]}); give a checkpoint in diffusers layout."
         ) from error
     return transformer.requires_grad_(False)
 
@@ -76,12 +125,28 @@ def quantization_config(kind: str, dtype: torch.dtype):
     return None
 
 
-def add_lora(transformer: LTX2VideoTransformer3DModel, arguments: TrainingArguments) -> None:
-    """Adds the trainable LoRA, its weights in float32 whatever the base is in."""
+def add_lora(
+    transformer: LTX2VideoTransformer3DModel, arguments: TrainingArguments, with_weights: bool = True
+) -> None:
+    """
+    Adds the trainable LoRA, its weights in float32 whatever the base is in. One that starts from an adapter has that
+    adapter's rank and alpha.
+    """
+    alpha, state_dict = arguments.lora_alpha, None
+    if arguments.lora_path is not None:
+        state_dict, metadata = load_adapter(arguments.lora_path, name="lora_path")
+        info = check_adapter(state_dict, metadata, transformer, name="lora_path")
+        found = info.rank if info.alpha is None else info.alpha
+        alpha = found if alpha is None else alpha
+        if info.rank != arguments.rank or found != alpha:
+            raise ValueError(
+                f"`lora_path` {arguments.lora_path!r} has rank {info.rank} and alpha {found}, but the run has `rank`"
+                f" {arguments.rank} and `lora_alpha` {alpha}; give the adapter's."
+            )
     init = arguments.init_lora_weights
     config = LoraConfig(
         r=arguments.rank,
-        lora_alpha=arguments.rank if arguments.lora_alpha is None else arguments.lora_alpha,
+        lora_alpha=arguments.rank if alpha is None else alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=arguments.target_modules,
         use_dora=arguments.use_dora,
@@ -94,9 +159,7 @@ def add_lora(transformer: LTX2VideoTransformer3DModel, arguments: TrainingArgume
             f"`target_modules` {arguments.target_modules!r} fits no module of the transformer, or not with these LoRA"
             f" options ({str(error).splitlines()[0]})."
         ) from error
-    if arguments.lora_path is not None:
-        state_dict, metadata = load_adapter(arguments.lora_path, name="lora_path")
-        check_adapter(state_dict, metadata, transformer, name="lora_path")
+    if state_dict is not None and with_weights:
         state = {key.removeprefix("transformer."): value for key, value in to_diffusers_keys(state_dict).items()}
         mismatch = set_peft_model_state_dict(transformer, state)
         if mismatch.unexpected_keys:

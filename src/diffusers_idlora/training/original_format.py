@@ -81,6 +81,15 @@ class OriginalFormatFolder(torch.utils.data.Dataset):
         return [tuple(_video_latents(_load(files[0], lazily=True), files[0]).shape[1:]) for files in self._files]
 
     @cached_property
+    def buckets(self) -> list[tuple]:
+        """What samples of one batch must share: latent shape, frame rate and length of the sound."""
+        rest = [
+            (_number(_load(video), "fps", video), _tensor(_load(audio), "latents", audio).shape[1])
+            for video, audio, *_ in self._files
+        ]
+        return [(*shape, *other) for shape, other in zip(self.shapes, rest)]
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over names and sizes of the files."""
         described = [f"{file.relative_to(self.root)} {file.stat().st_size}" for files in self._files for file in files]

@@ -199,7 +199,8 @@ class SampleFolder(torch.utils.data.Dataset):
 
     Attributes:
         rows (`list[dict]`): The index, one row per sample.
-        shapes (`list[tuple[int, int, int]]`): Latent `(F, h, w)` of every sample, for batches of one shape.
+        shapes (`list[tuple[int, int, int]]`): Latent `(F, h, w)` of every sample.
+        buckets (`list[tuple]`): What samples of one batch must share: the shape, which settles the sound's length.
         fingerprint (`str`): SHA-256 over the rows, whatever their order.
 
     Raises:
@@ -215,6 +216,7 @@ class SampleFolder(torch.utils.data.Dataset):
             which = f"no sample of the split {split!r}" if split else "no sample"
             raise ValueError(f"`instance_data_root` {str(root)!r} holds {which}: prepare some clips first.")
         self.shapes = [tuple(row["shape"]) for row in self.rows]
+        self.buckets = self.shapes
         self.fingerprint = rows_fingerprint(self.rows)
 
     def __len__(self) -> int:

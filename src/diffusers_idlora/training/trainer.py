@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging
 from peft import set_peft_model_state_dict
@@ -30,7 +31,7 @@ from .batches import BatchOrder, SampleDraw, collate
 from .checkpoints import check_same_run, find_checkpoint, save_checkpoint
 from .finish import make_record, publish_folder
 from .hub import check_hub_access, save_trained_adapter
-from .loading import add_lora, load_samples, load_transformer, make_optimizer
+from .loading import add_lora, check_before_loading, load_samples, load_transformer, make_optimizer
 from .objective import Objective
 from .samples import TrainingSample
 from .validation import load_validation_pipeline, validation_losses, validation_videos
@@ -65,16 +66,26 @@ class Trainer:
         )
         self.weight_dtype = WEIGHT_DTYPES[arguments.mixed_precision]
         self.output_dir = Path(arguments.output_dir)
-        self.samples, self.held_out = load_samples(arguments)
-        self.resumed = find_checkpoint(self.output_dir, arguments.resume_from_checkpoint)
-        if self.resumed is not None:
-            check_same_run(self.resumed[1], arguments.fixed, self.samples.fingerprint)
+        check_before_loading(arguments)
         self.accelerator = Accelerator(
             mixed_precision=arguments.mixed_precision,
             log_with=arguments.report_to,
             project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
             step_scheduler_with_optimizer=False,
+            # The others wait while the main process makes validation videos or uploads.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         )
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"Sharded training ({self.accelerator.distributed_type.value}) is not supported; run `accelerate"
+                " config` for data parallel training."
+            )
+        self.samples, self.held_out = load_samples(arguments, self.accelerator.device)
+        self.resumed = find_checkpoint(self.output_dir, arguments.resume_from_checkpoint)
+        if self.resumed is not None:
+            check_same_run(self.resumed[1], self.fixed, self.samples.fingerprint)
+        # Only now, so that no process finds another's first files and takes them for an earlier run's.
+        self.accelerator.wait_for_everyone()
         self.step = 0
         self.bad_steps = 0
         self._stop_requested = threading.Event()
@@ -87,6 +98,11 @@ class Trainer:
         if (arguments.push_to_hub or arguments.push_checkpoints) and self.accelerator.is_main_process:
             repository = arguments.hub_model_id or self.output_dir.name
             check_hub_access(repository, arguments.hub_token, private=arguments.hub_private_repo)
+
+    @property
+    def fixed(self) -> dict:
+        """The settings that a continuation must share; processes and batch count by their product."""
+        return {**self.arguments.fixed, "samples_per_forward": self.global_batch_size}
 
     @property
     def global_batch_size(self) -> int:
@@ -159,6 +175,9 @@ class Trainer:
             folder, state = self.resumed
             self.accelerator.load_state(str(folder))
             self.step, self.bad_steps = state["step"], state["bad_steps"]
+            follow_schedule(self.schedule.scheduler)
+            if self.accelerator.is_main_process:
+                drop_later_rows(self.output_dir / "validation.jsonl", self.step)
             logger.info(f"Going on from {folder} at step {self.step}.")
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         log = LossLog(self.output_dir / "loss.csv", self.step) if self.accelerator.is_main_process else None
@@ -197,7 +216,7 @@ class Trainer:
 
     def _batches(self, start: int) -> Iterator:
         """The part of this process of the batches from number `start` on, on its device."""
-        order = BatchOrder(self.samples.shapes, self.global_batch_size, self.arguments.seed)
+        order = BatchOrder(self.samples.buckets, self.global_batch_size, self.arguments.seed)
         first = self.accelerator.process_index * self.arguments.train_batch_size
         rows = range(first, first + self.arguments.train_batch_size)
         for number, indices in enumerate(order.batches_from(start), start=start):
@@ -324,10 +343,9 @@ class Trainer:
             self.output_dir,
             self.step,
             {
-                "fixed": self.arguments.fixed,
+                "fixed": self.fixed,
                 "data_fingerprint": self.samples.fingerprint,
                 "bad_steps": self.bad_steps,
-                "num_processes": self.accelerator.num_processes,
             },
             lambda folder: self.accelerator.save_state(str(folder), safe_serialization=True),
             is_main_process=self.accelerator.is_main_process,
@@ -343,6 +361,26 @@ class Trainer:
         # All processes must leave the loop at the same step, or the others would wait for ever.
         asked = torch.tensor(float(self._stop_requested.is_set()), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+
+
+def follow_schedule(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """
+    Sets the learning rate of the schedule's current step, which a checkpoint has from its own schedule: they differ
+    where `max_train_steps` was changed.
+    """
+    rates = [base * rule(schedule.last_epoch) for base, rule in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
+def drop_later_rows(path: Path, step: int) -> None:
+    """Drops rows of a JSON Lines file that a broken-off run wrote after `step`."""
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
+    with replaced_when_complete(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), "utf-8")
 
 
 def append_json_line(path: Path, row: dict) -> None:
