@@ -22,6 +22,7 @@ from diffusers_idlora.training.arguments import parse_arguments
 from diffusers_idlora.training.checkpoints import list_checkpoints, read_checkpoint, save_checkpoint
 from diffusers_idlora.training.finish import finish
 from diffusers_idlora.training.trainer import ADAPTER_STATE_NAME, BadSteps, Trainer
+from test_training_original_format import change_original, save_original
 from training_run import SCRIPT, make_samples, options
 
 
@@ -377,6 +378,17 @@ def test_a_quantization_that_can_not_be_had_is_refused_in_a_sentence(tiny_checkp
     trainer = Trainer(parse_arguments(options(tiny_checkpoint(), data["ltx-2.3"], tmp_path, quantize_base=kind)))
     with pytest.raises(ValueError, match="`quantize_base`"):
         trainer.load_model()
+
+
+def test_the_authors_preprocessed_sets_train_also_where_frame_rates_differ(tiny_checkpoint, data, tmp_path):
+    folder = tmp_path / "original"
+    for name in ("0", "1", "2"):
+        save_original(folder, name)
+    change_original(folder / "latents" / "1.pt", fps=24.0)
+    trainer = train(
+        tiny_checkpoint, {"ltx-2.3": folder}, tmp_path / "out", precomputed_format="original", max_train_steps=4
+    )
+    assert trainer.bad_steps == 0 and len(losses_of(tmp_path / "out")) == 4
 
 
 # Bad input
