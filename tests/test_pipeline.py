@@ -577,11 +577,11 @@ def test_compiled_blocks_give_the_same_clip(pipe, face, voice):
     torch._dynamo.reset()
 
 
-def test_compiled_blocks_take_other_sizes_and_voices_without_end(pipe, face, voice, monkeypatch):
+# Five kinds of passes in sizes that are first fixed and then variable are more than torch's default of 8 graphs.
+@torch._dynamo.config.patch(recompile_limit=32)
+def test_compiled_blocks_take_other_sizes_and_voices_without_end(pipe, face, voice):
     compiled = make_pipeline()
     torch._dynamo.reset()
-    # Five kinds of passes in sizes that are first fixed and then variable are more than torch's default of 8 graphs.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 32)
     compiled.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
 
     def run(which, reference, **size):
