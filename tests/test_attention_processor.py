@@ -253,9 +253,10 @@ def test_threads_on_one_transformer_take_turns_and_leave_it_as_found(transformer
 def test_blocks_nest_within_one_thread(transformers):
     transformer = transformers["ltx-2.3"]
     expected = run(transformer, MIXED)
-    with ReferenceAttention(transformer) as outer:
+    with ReferenceAttention(transformer):
+        installed = transformer.transformer_blocks[0].attn1.processor
         inner = run(transformer, MIXED)
-        assert outer.transformer.transformer_blocks[0].attn1.processor.edit is not None
+        assert transformer.transformer_blocks[0].attn1.processor is installed
     torch.testing.assert_close(inner, expected, atol=0, rtol=0)
 
 

@@ -356,6 +356,20 @@ def test_only_the_adapted_modules_train_and_in_float32(tiny_checkpoint, data, tm
     assert all(value.isfinite().all() for value in adapter_of(tmp_path).values())
 
 
+def test_a_dora_trains_and_loads_back(tiny_checkpoint, data, tmp_path):
+    trainer = train(tiny_checkpoint, data, tmp_path, use_dora=True, max_train_steps=3)
+    finish(trainer, [])
+    assert any("lora_magnitude_vector" in key for key in adapter_of(tmp_path, 3))
+    pipe = LTX2IDLoRAPipeline.from_pretrained(tiny_checkpoint())
+    pipe.load_lora_weights(tmp_path)
+    loaded = pipe.transformer.transformer_blocks[0].audio_attn1.to_q
+    trained = trainer.transformer.transformer_blocks[0].audio_attn1.to_q
+    hidden = torch.randn(1, 5, loaded.in_features)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(hidden), trained(hidden), atol=1e-5, rtol=0)
+        assert (loaded(hidden) - loaded.base_layer(hidden)).abs().max() > 1e-4
+
+
 def test_a_base_in_eight_bits_trains_and_is_left_as_it_was(tiny_checkpoint, data, tmp_path):
     arguments = options(
         tiny_checkpoint(), data["ltx-2.3"], tmp_path, quantize_base="torchao_int8", mixed_precision="bf16"

@@ -3,6 +3,7 @@
 import math
 import numbers
 import os
+import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -102,6 +103,27 @@ def load_audio(path: str | os.PathLike, name: str = "path") -> tuple[torch.Tenso
     if promised and 0 < waveform.shape[1] - promised < codec_block:
         waveform = waveform[:, :promised]
     return torch.from_numpy(waveform), int(to_float.rate)
+
+
+def write_wav(path: str | os.PathLike, waveform: torch.Tensor, sampling_rate: int) -> None:
+    """
+    Writes a recording as a 16-bit wav file.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file; an existing one is replaced.
+        waveform (`torch.Tensor`):
+            `[channels, samples]`, clipped at -1..1.
+        sampling_rate (`int`):
+            In Hz.
+    """
+    pcm = (waveform.clamp(-1, 1) * 32767).round().to(torch.int16)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(pcm.shape[0])
+        file.setsampwidth(2)
+        file.setframerate(sampling_rate)
+        # Little-endian samples, channels interleaved, as the format wants them on any machine.
+        file.writeframes(pcm.T.contiguous().numpy().astype("<i2").tobytes())
 
 
 def as_waveform(array_or_tensor: torch.Tensor | np.ndarray, name: str = "reference_audio") -> torch.Tensor:

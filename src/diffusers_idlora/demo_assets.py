@@ -3,7 +3,6 @@
 import hashlib
 import os
 import tempfile
-import wave
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from diffusers import LTX2VideoTransformer3DModel
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 
+from .audio import write_wav
 from .media import file_sha256
 from .tiny import normalize_family, save_tiny_adapter, save_tiny_checkpoint
 
@@ -129,7 +129,7 @@ def write_demo_assets(directory: str | os.PathLike, seconds: float = 5.0) -> tup
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".demo_assets.", dir=directory) as temporary:
         demo_face().save(Path(temporary) / "face.png")
-        _write_wav(Path(temporary) / "voice.wav", waveform, sampling_rate)
+        write_wav(Path(temporary) / "voice.wav", waveform, sampling_rate)
         for name in ("face.png", "voice.wav"):
             os.replace(Path(temporary) / name, directory / name)
     return directory / "face.png", directory / "voice.wav"
@@ -225,13 +225,3 @@ def _fade(length: int, fade_length: int) -> torch.Tensor:
     ramp = torch.arange(length, dtype=torch.float32) + 0.5
     distance_to_edge = torch.minimum(ramp, ramp.flip(0))
     return torch.sin(0.5 * torch.pi * (distance_to_edge / fade_length).clamp(max=1.0)) ** 2
-
-
-def _write_wav(path: Path, waveform: torch.Tensor, sampling_rate: int) -> None:
-    pcm = (waveform.clamp(-1, 1) * 32767).round().to(torch.int16)
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(pcm.shape[0])
-        file.setsampwidth(2)
-        file.setframerate(sampling_rate)
-        # Little-endian samples, channels interleaved, as the format wants them on any machine.
-        file.writeframes(pcm.T.contiguous().numpy().astype("<i2").tobytes())

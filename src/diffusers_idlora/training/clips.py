@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import av
 import numpy as np
 import torch
 
-from ..audio import check_waveform, open_media, read_reference
+from ..audio import check_waveform, open_media, read_reference, write_wav
 from .manifest import VoiceSpan
 
 
@@ -288,7 +287,7 @@ def check_denoise_command(command: str) -> None:
 def _denoise(waveform: torch.Tensor, sampling_rate: int, command: str) -> tuple[torch.Tensor, int]:
     with tempfile.TemporaryDirectory() as folder:
         files = {"{in}": Path(folder, "in.wav"), "{out}": Path(folder, "out.wav")}
-        _write_wav(files["{in}"], waveform, sampling_rate)
+        write_wav(files["{in}"], waveform, sampling_rate)
         arguments = shlex.split(command)
         for placeholder, file in files.items():
             arguments = [argument.replace(placeholder, str(file)) for argument in arguments]
@@ -298,13 +297,3 @@ def _denoise(waveform: torch.Tensor, sampling_rate: int, command: str) -> tuple[
             said = (done.stderr.strip() or done.stdout.strip() or "it wrote no file").splitlines()[-1]
             raise ValueError(f"`denoise_command` failed with exit code {done.returncode}: {said}")
         return read_reference(files["{out}"], name="reference_file_name")
-
-
-def _write_wav(path: Path, waveform: torch.Tensor, sampling_rate: int) -> None:
-    pcm = (waveform.clamp(-1, 1) * 32767).round().to(torch.int16)
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(pcm.shape[0])
-        file.setsampwidth(2)
-        file.setframerate(sampling_rate)
-        # Little-endian samples, channels interleaved, as the format wants them on any machine.
-        file.writeframes(pcm.T.contiguous().numpy().astype("<i2").tobytes())
