@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import signal
 import tempfile
 import threading
@@ -427,10 +426,9 @@ class LossLog:
         self._writer = csv.DictWriter(self._file, LOSS_COLUMNS)
 
     def write(self, row: dict[str, float]) -> None:
-        """Appends a row and hands it to the system at once."""
+        """Appends a row and hands it to the system at once, so that it outlives the process."""
         self._writer.writerow(row)
         self._file.flush()
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
