@@ -3,25 +3,36 @@
 import importlib.util
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from diffusers.pipelines.ltx2.utils import DEFAULT_NEGATIVE_PROMPT
 
 from diffusers_idlora import LTX2IDLoRAPipeline
 from diffusers_idlora.media import load_image, read_video
 from diffusers_idlora.training.clips import Bucket
 from diffusers_idlora.training.prepare import PreparationOptions, prepare_dataset
-from diffusers_idlora.training.samples import SampleFolder, load_sample, read_sample_metadata, write_index
+from diffusers_idlora.training.samples import (
+    NEGATIVE_PROMPT_NAME,
+    SampleFolder,
+    load_sample,
+    read_negative_prompt,
+    read_sample_metadata,
+    write_index,
+)
 from talking_clips import FPS, NUM_FRAMES, write_clip, write_table
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_idlora" / "prepare_dataset.py"
+PREPARED_NAMES = ["index.jsonl", "negative_prompt.safetensors", "report.json", "samples"]
 SPEAKERS = ["anna", "anna", "ben", "ben", "carl"]
 
 
@@ -103,7 +114,7 @@ class TestPreparation:
         assert (report["pairs"], report["speakers"], report["reused"]) == (4, 2, 0)
         assert report["hours"] == pytest.approx(4 * NUM_FRAMES / FPS / 3600)
         assert report["dropped"] == [{"file_name": "4.mp4", "reason": "its speaker 'carl' has no other clip"}]
-        assert sorted(path.name for path in output_dir.iterdir()) == ["index.jsonl", "report.json", "samples"]
+        assert sorted(path.name for path in output_dir.iterdir()) == PREPARED_NAMES
 
     def test_datasets_loads_the_index(self, prepared, tmp_path):
         rows = datasets.load_dataset(
@@ -158,6 +169,33 @@ class TestPreparation:
         assert prepare_dataset(options)["reused"] == 2
         next(iter(before)).write_bytes(b"damaged")
         assert prepare_dataset(options)["reused"] == 3
+
+    @torch.no_grad()
+    def test_the_negative_prompt_is_stored_once_and_a_change_leaves_the_samples(
+        self, prepared, own_clips, tiny_checkpoint, tmp_path
+    ):
+        pipeline = LTX2IDLoRAPipeline.from_pretrained(tiny_checkpoint())
+
+        def assert_stored(folder, text):
+            expected = pipeline.encode_text_context([text], max_sequence_length=16)
+            found, metadata = read_negative_prompt(folder)
+            assert metadata["negative_prompt"] == text and found.attention_mask is None
+            torch.testing.assert_close(found.video_embeds, expected.video_embeds)
+            torch.testing.assert_close(found.audio_embeds, expected.audio_embeds)
+
+        assert_stored(prepared[0], DEFAULT_NEGATIVE_PROMPT)
+        shutil.copytree(prepared[0], tmp_path / "out")
+        path = tmp_path / "out" / NEGATIVE_PROMPT_NAME
+        before, index = path.stat().st_mtime_ns, (tmp_path / "out" / "index.jsonl").read_text()
+        options = options_for(tiny_checkpoint(), own_clips, tmp_path / "out")
+        assert prepare_dataset(options)["reused"] == 4 and path.stat().st_mtime_ns == before
+        path.write_bytes(b"damaged")
+        with pytest.raises(ValueError, match="damaged negative prompt"):
+            read_negative_prompt(tmp_path / "out")
+        for changed in (options, replace(options, negative_prompt="a robot")):
+            assert prepare_dataset(changed)["reused"] == 4
+            assert_stored(tmp_path / "out", changed.negative_prompt)
+        assert (tmp_path / "out" / "index.jsonl").read_text() == index
 
     def test_broken_clips_are_reported_and_do_not_stop_the_others(self, own_clips, tiny_checkpoint, tmp_path):
         (own_clips / "noise.mp4").write_bytes(random.Random(0).randbytes(5000))
@@ -225,7 +263,7 @@ class TestPreparation:
         report = prepare_dataset(options_for(tiny_checkpoint(), clips_folder, tmp_path))
         assert report["pairs"] == 4
         assert (tmp_path / "index.jsonl").read_text() == (prepared[0] / "index.jsonl").read_text()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["index.jsonl", "report.json", "samples"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == PREPARED_NAMES
         assert len(list((tmp_path / "samples").iterdir())) == 4
 
     def test_the_script_ends_with_one_sentence_and_a_code(self, own_clips, tiny_checkpoint, tmp_path, capsys):

@@ -14,16 +14,31 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import LTX2VideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from conftest import families
-from diffusers_idlora import LTX2IDLoRAPipeline
+from diffusers_idlora import LTX2IDLoRAPipeline, TextContext
+from diffusers_idlora.media import read_video, write_video
 from diffusers_idlora.training.arguments import parse_arguments
 from diffusers_idlora.training.checkpoints import list_checkpoints, read_checkpoint, save_checkpoint
+from diffusers_idlora.training.fingerprint import model_fingerprint, model_folder
 from diffusers_idlora.training.finish import finish
+from diffusers_idlora.training.samples import SampleFolder, save_negative_prompt
 from diffusers_idlora.training.trainer import ADAPTER_STATE_NAME, BadSteps, Trainer
+from diffusers_idlora.training.validation import denormalize_audio, denormalize_video
 from test_training_original_format import change_original, save_original
-from training_run import SCRIPT, make_samples, options
+from training_run import SCRIPT, launch, loaded_trainer, losses_of, make_samples, options
+
+
+# Of the method's section 4.
+RECIPE_SCALES = {
+    "guidance_scale": 3.0,
+    "audio_guidance_scale": 7.0,
+    "identity_guidance_scale": 3.0,
+    "stg_scale": 1.0,
+    "modality_scale": 3.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +57,9 @@ def fresh_accelerate():
 
 
 def train(tiny_checkpoint, data, output, family="ltx-2.3", **changed):
-    trainer = Trainer(parse_arguments(options(tiny_checkpoint(family), data[family], output, **changed)))
-    trainer.load_model()
+    trainer = loaded_trainer(options(tiny_checkpoint(family), data[family], output, **changed))
     trainer.run()
     return trainer
-
-
-def launch(arguments, *, processes=1, **popen):
-    """The training script as a running process, or as several."""
-    launcher = [sys.executable]
-    if processes > 1:
-        # On CPUs `accelerate launch` starts several processes through MPI only; torch's launcher does without it.
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([*launcher, str(SCRIPT), *arguments], env=environment, text=True, **popen)
 
 
 def adapter_of(output, step=6):
@@ -74,11 +78,6 @@ def wait_for_rows(output, count, process):
     while not (rows.is_file() and len(rows.read_text().splitlines()) > count) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def losses_of(output):
-    with (output / "loss.csv").open(newline="") as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +184,16 @@ def test_more_steps_go_on_along_the_longer_schedule(tiny_checkpoint, data, strai
     assert rates[6:] == pytest.approx([0.01 * (12 - step) / 12 for step in range(6, 12)])
 
 
+def test_step_rules_set_the_rate_and_are_followed_after_resuming(tiny_checkpoint, data, tmp_path):
+    changed = {"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:2,0.5:5,0.1", "max_train_steps": 6}
+    train(tiny_checkpoint, data, tmp_path, **changed)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    train(tiny_checkpoint, data, tmp_path, **changed, resume_from_checkpoint="latest")
+    with (tmp_path / "loss.csv").open(newline="") as file:
+        rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([0.01, 0.01, 0.005, 0.005, 0.005, 0.001])
+
+
 def test_samples_per_forward_may_be_shared_out_anew_but_not_changed(tiny_checkpoint, data, straight):
     arguments = options(
         tiny_checkpoint(), data["ltx-2.3"], straight, resume_from_checkpoint="latest", train_batch_size=1
@@ -218,6 +227,69 @@ def test_other_data_are_refused_on_resume(tiny_checkpoint, straight, tmp_path):
     other = make_samples(tmp_path, tiny_checkpoint(), count=4)
     with pytest.raises(ValueError, match="the data"):
         Trainer(parse_arguments(options(tiny_checkpoint(), other, straight, resume_from_checkpoint="latest")))
+
+
+@pytest.fixture
+def own_base(tiny_checkpoint, tmp_path):
+    """A copy of a checkpoint that a test may change."""
+    return shutil.copytree(tiny_checkpoint(), tmp_path / "base")
+
+
+def change_base(base):
+    """Fuses what an adapter would: one weight in the middle of the file."""
+    (path,) = (base / "transformer").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["transformer_blocks.1.audio_attn1.to_q.weight"] += 1e-3
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_base_whose_weights_have_changed_is_refused_on_resume_and_a_moved_one_is_not(
+    data, straight, own_base, tmp_path
+):
+    arguments = options(own_base, data["ltx-2.3"], straight, resume_from_checkpoint="latest")
+    state = read_checkpoint(straight / "checkpoint-6")
+    assert Trainer(parse_arguments(arguments)).base_fingerprint == state["base_fingerprint"]
+    change_base(own_base)
+    with pytest.raises(ValueError, match="the weights of the base"):
+        Trainer(parse_arguments(arguments))
+
+
+def test_a_base_in_the_cache_of_the_hub_is_compared_too(data, straight, own_base, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--user--base" / "snapshots" / ("0" * 40)
+    shutil.copytree(own_base, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert model_fingerprint(model_folder("user/base", "transformer")) == model_fingerprint(own_base / "transformer")
+    assert model_folder("user/other", "transformer") is None
+
+
+def test_the_fingerprint_sees_every_weight_of_a_sharded_model_and_only_its_own_variant(own_base, tmp_path):
+    model = LTX2VideoTransformer3DModel.from_pretrained(own_base, subfolder="transformer")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    before = model_fingerprint(tmp_path / "sharded")
+    model.save_pretrained(tmp_path / "sharded", variant="fp16")
+    assert model_fingerprint(tmp_path / "sharded") == before != model_fingerprint(tmp_path / "sharded", "fp16")
+    last = sorted((tmp_path / "sharded").glob("*-of-*.safetensors"))[-1]
+    tensors = load_file(last)
+    next(iter(tensors.values())).add_(1)
+    save_file(tensors, last, {"format": "pt"})
+    assert model_fingerprint(tmp_path / "sharded") not in (None, before)
+    last.write_bytes(b"no weights")
+    assert model_fingerprint(tmp_path / "sharded") is None
+
+
+def test_a_checkpoint_of_an_older_version_can_be_gone_on_with(tiny_checkpoint, data, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    for folder in list_checkpoints(tmp_path / "run"):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        del state["base_fingerprint"], state["fixed"]["mix_lengths"], state["fixed"]["lr_step_rules"]
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    arguments = options(tiny_checkpoint(), data["ltx-2.3"], tmp_path / "run", resume_from_checkpoint="latest")
+    assert Trainer(parse_arguments(arguments)).resumed[1]["step"] == 6
+    with pytest.raises(ValueError, match="mix_lengths False -> True"):
+        Trainer(parse_arguments([*arguments, "--mix_lengths", "true"]))
 
 
 # Checkpoints
@@ -323,6 +395,47 @@ def test_an_adapter_comes_out_that_the_pipeline_loads(tiny_checkpoint, data, tmp
     assert "identity_guidance_scale" in (tmp_path / "README.md").read_text()
 
 
+@families
+def test_validation_videos_follow_the_recipe_where_the_data_hold_a_negative_prompt(
+    tiny_checkpoint, data, tmp_path, caplog, family
+):
+    folder = shutil.copytree(data[family], tmp_path / "data")
+    changed = {"max_train_steps": 1, "validation_steps": 5, "validation_inference_steps": 2}
+    sample = SampleFolder(folder, split="validation")[0]
+    negative = {
+        "video_prompt_embeds": -sample.video_prompt_embeds,
+        "audio_prompt_embeds": -sample.audio_prompt_embeds,
+        "prompt_attention_mask": sample.prompt_attention_mask,
+    }
+
+    older = train(tiny_checkpoint, {family: folder}, tmp_path / "older", family, **changed)
+    assert "no negative prompt" in caplog.text
+    save_negative_prompt(folder, negative, {})
+    caplog.clear()
+    trainer = train(tiny_checkpoint, {family: folder}, tmp_path / "out", family, **changed)
+    assert "no negative prompt" not in caplog.text
+    without, found = (read_video(trainer.validate()[0]) for trainer in (older, trainer))
+
+    pipe = trainer._validation_pipeline
+    output = pipe(
+        text_context=TextContext(sample.video_prompt_embeds[None], sample.audio_prompt_embeds[None]),
+        negative_text_context=TextContext(*(value[None] for value in list(negative.values())[:2])),
+        image_latents=denormalize_video(sample.video_latents[None, :, :1], pipe.vae),
+        reference_latents=denormalize_audio(sample.reference_latents[0][None], pipe.audio_vae),
+        height=64,
+        width=64 if sample.video_latents.shape[3] == 2 else 32,
+        num_frames=9,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        **RECIPE_SCALES,
+    )
+    path, rate = tmp_path / "expected.mp4", pipe.vocoder.config.output_sampling_rate
+    write_video(path, output.frames[0], 25.0, output.audio[0], rate)
+    expected = read_video(path)
+    for part in (0, 2):
+        assert (found[part] == expected[part]).all() and not (without[part] == expected[part]).all()
+
+
 def test_training_starts_from_an_existing_adapter(tiny_checkpoint, tiny_adapter, data, tmp_path):
     arguments = options(tiny_checkpoint(), data["ltx-2.3"], tmp_path, lora_path=tiny_adapter())
     trainer = Trainer(parse_arguments(arguments))
@@ -413,12 +526,20 @@ def test_the_authors_preprocessed_sets_train_also_where_frame_rates_differ(tiny_
     [
         ({"instance_data_root": "nowhere"}, "`instance_data_root`"),
         ({"rank": 0}, "`rank` is 0"),
+        ({"validation_inference_steps": 1}, "`validation_inference_steps` is 1"),
         ({"reference_dropout": 1.5}, "`reference_dropout` is 1.5"),
         ({"learning_rate": -1}, "`learning_rate` is -1"),
         ({"resume_from_checkpoint": "checkpoint-77"}, "`resume_from_checkpoint` is 'checkpoint-77'"),
         ({"hub_token": "x", "report_to": "wandb"}, "`hub_token`"),
         ({"target_modules": "("}, "`target_modules` '\\('"),
         ({"lr_scheduler": "linnear"}, "`lr_scheduler` is 'linnear'"),
+        ({"lr_scheduler": "piecewise_constant"}, "`lr_step_rules` is None and `lr_scheduler` is 'piecewise_constant'"),
+        ({"lr_step_rules": "1:10,0.1"}, "`lr_step_rules` is '1:10,0.1' and `lr_scheduler` is 'linear'"),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:10"}, "`lr_step_rules` is '1:10'; write factors"),
+        (
+            {"lr_scheduler": "piecewise_constant", "lr_step_rules": "1:20,0.1:10,0.01"},
+            "`lr_step_rules` is '1:20,0.1:10,0.01'; write factors",
+        ),
         ({"optimizer": "prodigy"}, "`optimizer` 'prodigy' needs a package"),
         ({"report_to": "comet_ml"}, "`report_to` 'comet_ml' is not installed"),
         ({"lora_path": "nowhere.safetensors"}, "`lora_path`"),

@@ -1,12 +1,19 @@
 """A tiny prepared data set and the training script's usual options, for the training tests."""
 
+import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import LTX2VideoTransformer3DModel
 
+from diffusers_idlora.training.arguments import parse_arguments
 from diffusers_idlora.training.samples import TrainingSample, save_sample, write_index
+from diffusers_idlora.training.trainer import Trainer
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_idlora" / "train_idlora_ltx2.py"
@@ -68,3 +75,28 @@ def options(checkpoint: Path, data: Path, output: Path, **changed) -> list[str]:
         **changed,
     }
     return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def loaded_trainer(arguments: list[str]) -> Trainer:
+    """A trainer with its model, ready to run."""
+    # Accelerate keeps precision and processes for the life of a process; every run is one of its own.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(parse_arguments(arguments))
+    trainer.load_model()
+    return trainer
+
+
+def launch(arguments: list[str], *, processes: int = 1, script: Path = SCRIPT, **popen) -> subprocess.Popen:
+    """The training script as a running process, or as several."""
+    launcher = [sys.executable]
+    if processes > 1:
+        # On CPUs `accelerate launch` starts several processes through MPI only; torch's launcher does without it.
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([*launcher, str(script), *arguments], env=environment, text=True, **popen)
+
+
+def losses_of(output: Path) -> list[float]:
+    """The losses of a run, step by step."""
+    with (output / "loss.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]

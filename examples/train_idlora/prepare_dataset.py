@@ -41,6 +41,11 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--variant", help="Variant of the model's files, such as fp16.")
     model.add_argument("--dtype", choices=sorted(DTYPES), default=defaults["dtype"], help="Of models and samples.")
     model.add_argument("--max_sequence_length", type=int, default=defaults["max_sequence_length"])
+    model.add_argument(
+        "--negative_prompt",
+        default=defaults["negative_prompt"],
+        help="Stored once, for the text guidance of validation videos; diffusers' own for LTX-2 if left out.",
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument("--instance_data_root", help="A local folder with metadata.jsonl, .csv or .parquet.")

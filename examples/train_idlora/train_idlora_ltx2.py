@@ -51,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if trainer.was_stopped:
         return 0
     videos = trainer.validate()
-    if trainer.accelerator.is_main_process:
-        finish(trainer, videos)
+    finish(trainer, videos)
     trainer.end()
     return 0
 

@@ -18,7 +18,7 @@ from .objective import RECIPE_TARGET_MODULES
 MAY_CHANGE_ON_RESUME = (
     ("pretrained_model_name_or_path", "revision", "variant", "instance_data_root", "dataset_name")
     + ("lora_path", "output_dir", "max_train_steps", "max_bad_steps", "train_batch_size")
-    + ("gradient_checkpointing", "compile")
+    + ("gradient_checkpointing", "offload_frozen_blocks", "compile")
     + ("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint")
     + ("validation_steps", "num_validation_samples", "validation_inference_steps")
     + ("also_original_format", "push_to_hub", "push_checkpoints", "hub_model_id", "hub_private_repo", "hub_token")
@@ -44,6 +44,9 @@ class TrainingArguments:
     instance_data_root: str = option("", "Folder that prepare_dataset.py wrote, or an original preprocessed set.")
     precomputed_format: Literal["idlora", "original"] = option("idlora", "Layout of the data.")
     dataset_name: str | None = option(None, "Hub repository of the data, for the model card.")
+    mix_lengths: bool = option(
+        False, "Let samples of several shapes share a batch; each shape gets its own forward, which takes longer."
+    )
 
     # Adapter
     rank: int = option(128, "Rank of the LoRA.")
@@ -72,6 +75,9 @@ class TrainingArguments:
     learning_rate: float = option(2e-4, "The schedule's highest learning rate.")
     lr_scheduler: str = option("linear", "Any schedule of diffusers' get_scheduler.")
     lr_warmup_steps: int = option(0, "Steps of warm-up.")
+    lr_step_rules: str | None = option(
+        None, 'Of piecewise_constant: "1:10,0.1:20,0.01" is the full rate to step 10, a tenth to 20, then a hundredth.'
+    )
     optimizer: Literal["adamw", "adamw_8bit", "prodigy"] = option("adamw", "The optimizer.")
     adam_beta1: float = option(0.9, "First moment's decay.")
     adam_beta2: float = option(0.999, "Second moment's decay.")
@@ -86,6 +92,9 @@ class TrainingArguments:
         "none", "Keep the frozen base in fewer bits; needs torchao or bitsandbytes."
     )
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass.")
+    offload_frozen_blocks: bool = option(
+        False, "Keep the blocks' frozen weights in main memory; slow, for a base that is larger than the GPU's memory."
+    )
     compile: bool = option(False, "Compile the transformer's blocks.")
 
     # Checkpoints
@@ -125,6 +134,11 @@ class TrainingArguments:
         for name in ("checkpoints_total_limit", "validation_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give at least 1, or leave it out.")
+        if self.validation_inference_steps < 0 or self.validation_inference_steps == 1:
+            raise ValueError(
+                f"`validation_inference_steps` is {self.validation_inference_steps}; give at least 2, or 0 for losses"
+                " only."
+            )
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give a number above 0.")
@@ -135,6 +149,8 @@ class TrainingArguments:
             raise ValueError(f"`audio_loss_weight` is {self.audio_loss_weight}; give a number that is 0 or larger.")
         if self.use_dora and self.also_original_format:
             raise ValueError("`also_original_format` has no form for a DoRA; leave it out, or `use_dora`.")
+        if self.offload_frozen_blocks:
+            self._check_offload()
         if self.mixed_precision == "fp16" and self.mask_reference_from_text:
             raise ValueError(
                 "`mask_reference_from_text` can't be had in float16; take `mixed_precision` bf16, or switch it off."
@@ -142,11 +158,27 @@ class TrainingArguments:
         if self.hub_token is not None and self.report_to == "wandb":
             raise ValueError("`hub_token` would be sent to wandb with the settings; run `hf auth login` instead.")
 
+    def _check_offload(self) -> None:
+        if not self.gradient_checkpointing:
+            raise ValueError(
+                "`offload_frozen_blocks` needs `gradient_checkpointing`, without which every weight would stay on the"
+                " device until the backward pass; switch that on too."
+            )
+        for name, off in (("quantize_base", "none"), ("use_dora", False), ("compile", False)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"`offload_frozen_blocks` does not go together with `{name}` {getattr(self, name)}; leave one of"
+                    " the two out."
+                )
+
     @property
     def fixed(self) -> dict:
         """The options that a resumed run must share with the run that it goes on with."""
         names = [item.name for item in dataclasses.fields(self) if item.name not in MAY_CHANGE_ON_RESUME]
         return {name: getattr(self, name) for name in names}
+
+
+OPTION_DEFAULTS = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingArguments:

@@ -18,10 +18,11 @@ from .samples import TrainingSample
 @dataclass(frozen=True)
 class BatchOrder:
     """
-    The endless sequence of batches: every epoch visits every sample in a new order, batches hold one latent shape.
+    The endless sequence of batches: every epoch visits every sample in a new order, batches hold one bucket.
 
     Attributes:
-        buckets (`Sequence[tuple]`): Of every sample what it must share with the others of its batch, its shape.
+        buckets (`Sequence[tuple]`):
+            Of every sample what it must share with the others of its batch, its shape; all alike, shapes mix.
         batch_size (`int`): Samples of a batch over all processes.
         seed (`int`): Of the run.
     """
@@ -32,8 +33,8 @@ class BatchOrder:
 
     def epoch(self, number: int) -> list[list[int]]:
         """
-        The batches of one epoch, as sample numbers. The last batch of a shape is filled up with samples of that shape
-        from its beginning, so that every batch is full.
+        The batches of one epoch, as sample numbers. The last batch of a bucket is filled up with samples of that
+        bucket from its beginning, so that every batch is full.
         """
         random = np.random.default_rng([self.seed, number])
         by_bucket = defaultdict(list)
@@ -86,6 +87,18 @@ class SampleDraw:
         return cls(float(normal), *(float(value) for value in uniforms), generator)
 
 
+def groups_of_one_shape(samples: Sequence[TrainingSample]) -> list[list[int]]:
+    """The positions of samples that fit into one forward together; groups stand in the order of their first sample."""
+    groups = defaultdict(list)
+    for position, sample in enumerate(samples):
+        groups[_kind(sample)].append(position)
+    return list(groups.values())
+
+
+def _kind(sample: TrainingSample) -> tuple:
+    return tuple(sample.video_latents.shape), tuple(sample.audio_latents.shape), sample.frame_rate
+
+
 def collate(
     samples: Sequence[TrainingSample],
     draws: Sequence[SampleDraw],
@@ -110,7 +123,7 @@ def collate(
     Raises:
         ValueError: If the samples differ in latent shape, sound length or frame rate.
     """
-    kinds = {(sample.video_latents.shape, sample.audio_latents.shape, sample.frame_rate) for sample in samples}
+    kinds = {_kind(sample) for sample in samples}
     if len(kinds) > 1:
         raise ValueError(f"`samples` of one batch must agree in shapes and frame rate, but are {sorted(kinds)}.")
     video = LTX2ConditionPipeline._pack_latents(torch.stack([sample.video_latents.float() for sample in samples]))
@@ -129,7 +142,7 @@ def collate(
         video_tokens=video.to(device),
         audio_tokens=audio.to(device),
         references=ReferenceBatch.from_clips(clips, rope),
-        context=_stack_contexts(samples, device, dtype),
+        context=stack_contexts(samples, device, dtype),
         latent_size=tuple(samples[0].video_latents.shape[1:]),
         frame_rate=samples[0].frame_rate,
     )
@@ -146,7 +159,7 @@ def _pack_audio(latents: torch.Tensor) -> torch.Tensor:
     return LTX2ConditionPipeline._pack_audio_latents(latents)
 
 
-def _stack_contexts(samples: Sequence[TrainingSample], device: torch.device | str, dtype: torch.dtype) -> TextContext:
+def stack_contexts(samples: Sequence[TrainingSample], device: torch.device | str, dtype: torch.dtype) -> TextContext:
     """The captions of a batch; shorter ones are filled up with masked tokens."""
     length = max(len(sample.prompt_attention_mask) for sample in samples)
 

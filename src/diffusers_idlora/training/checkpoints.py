@@ -164,20 +164,25 @@ def find_checkpoint(output_dir: str | os.PathLike, wanted: str | None) -> tuple[
     return None
 
 
-def check_same_run(state: Mapping[str, Any], fixed: Mapping[str, Any], fingerprint: str) -> None:
+def check_same_run(
+    state: Mapping[str, Any], fixed: Mapping[str, Any], fingerprint: str, base_fingerprint: str | None = None
+) -> None:
     """
-    Raises a ValueError if a checkpoint is of a run with other settings or other data.
+    Raises a ValueError if a checkpoint is of a run with other settings, other data or another base.
 
     Args:
         state (`Mapping[str, Any]`): Of the checkpoint.
         fixed (`Mapping[str, Any]`): The settings that must be the same.
         fingerprint (`str`): Of the data.
+        base_fingerprint (`str`, *optional*): Of the base's weights, if it is known.
     """
     before = state["fixed"]
     names = [name for name, value in fixed.items() if before.get(name) != value]
     changed = [f"{name} {before.get(name)!r} -> {fixed[name]!r}" for name in names]
     if state["data_fingerprint"] != fingerprint:
         changed.append("the data")
+    if None not in (base_fingerprint, state.get("base_fingerprint")) and state["base_fingerprint"] != base_fingerprint:
+        changed.append("the weights of the base")
     if changed:
         raise ValueError(
             f"`resume_from_checkpoint` is of a run with other settings ({'; '.join(changed)}); give the same ones, or"

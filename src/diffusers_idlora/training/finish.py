@@ -34,6 +34,7 @@ def make_record(trainer: "Trainer") -> TrainingRecord:
     return TrainingRecord(
         base_model=arguments.pretrained_model_name_or_path,
         base_revision=arguments.revision,
+        base_fingerprint=trainer.base_fingerprint,
         generation=transformer_generation(trainer.transformer),
         rank=arguments.rank,
         alpha=trainer.transformer.peft_config["default"].lora_alpha,
@@ -106,7 +107,8 @@ def plot_losses(table: Path, picture: Path) -> None:
 
 def finish(trainer: "Trainer", videos: list[Path]) -> str | None:
     """
-    Saves the adapter with its record, card and plot, and publishes it if asked to. To be called by the main process.
+    Saves the adapter with its record, card and plot, and publishes it if asked to. To be called by every process; the
+    main one writes.
 
     Args:
         trainer (`Trainer`): The run, at its end.
@@ -117,8 +119,17 @@ def finish(trainer: "Trainer", videos: list[Path]) -> str | None:
         complete all the same, and the log says which command finishes the upload.
     """
     arguments, folder = trainer.arguments, trainer.output_dir
+    state = trainer.adapter_state()
+    if not trainer.accelerator.is_main_process:
+        return None
     record = make_record(trainer)
-    save_trained_adapter(folder, trainer.transformer, record, also_original_format=arguments.also_original_format)
+    save_trained_adapter(
+        folder,
+        trainer.transformer,
+        record,
+        also_original_format=arguments.also_original_format,
+        state_dict=state,
+    )
     with replaced_when_complete(folder / RECORD_NAME) as temporary:
         temporary.write_text(record.to_json(), "utf-8")
     plot_losses(folder / "loss.csv", folder / PLOT_NAME)

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import BitsAndBytesConfig, LTX2VideoTransformer3DModel, TorchAoConfig
-from diffusers.optimization import SchedulerType
+from diffusers import LTX2VideoTransformer3DModel
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from peft import LoraConfig, set_peft_model_state_dict
 from torch.utils.data import Dataset
 
 from ..lora import check_adapter, load_adapter, to_diffusers_keys
+from ..memory import quantization_config
 from .arguments import TrainingArguments
 from .original_format import OriginalFormatFolder
 from .samples import SampleFolder
@@ -27,10 +28,7 @@ def check_before_loading(arguments: TrainingArguments) -> None:
     Raises:
         ValueError: With the option, its value and the remedy.
     """
-    known = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
-    if arguments.lr_scheduler not in known:
-        raise ValueError(f"`lr_scheduler` is {arguments.lr_scheduler!r}; give one of {', '.join(known)}.")
-    make_optimizer([torch.nn.Parameter(torch.zeros(1))], arguments)
+    make_schedule(make_optimizer([torch.nn.Parameter(torch.zeros(1))], arguments), arguments)
     if arguments.report_to is not None and not importlib.util.find_spec(arguments.report_to):
         raise ValueError(f"`report_to` {arguments.report_to!r} is not installed; pip install {arguments.report_to}.")
     try:
@@ -95,7 +93,7 @@ def load_transformer(arguments: TrainingArguments, dtype: torch.dtype) -> LTX2Vi
                 revision=arguments.revision,
                 variant=arguments.variant,
                 dtype=dtype,
-                quantization_config=quantization_config(arguments.quantize_base, dtype),
+                quantization_config=quantization_config(arguments.quantize_base, dtype, "quantize_base"),
             )
     except (ImportError, RuntimeError) as error:
         if arguments.quantize_base == "none":
@@ -104,25 +102,6 @@ def load_transformer(arguments: TrainingArguments, dtype: torch.dtype) -> LTX2Vi
             f"`quantize_base` {arguments.quantize_base!r} can't be had here: {str(error).splitlines()[0]}"
         ) from error
     return transformer.requires_grad_(False)
-
-
-def quantization_config(kind: str, dtype: torch.dtype):
-    """The configuration with which diffusers quantizes the frozen base, or `None`; `dtype` is what it computes in."""
-    try:
-        if kind == "torchao_int8":
-            from torchao.quantization import Int8WeightOnlyConfig
-
-            return TorchAoConfig(Int8WeightOnlyConfig())
-        if kind == "bnb_8bit":
-            return BitsAndBytesConfig(load_in_8bit=True)
-        if kind == "bnb_4bit":
-            return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    except ImportError as error:
-        package = "torchao" if kind == "torchao_int8" else "bitsandbytes"
-        raise ValueError(
-            f"`quantize_base` {kind!r} needs a package that is missing: pip install {package}."
-        ) from error
-    return None
 
 
 def add_lora(
@@ -193,3 +172,43 @@ def make_optimizer(parameters: list[torch.nn.Parameter], arguments: TrainingArgu
             f" {package.split('.')[0]}."
         ) from error
     return getattr(module, name)(parameters, **options)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, arguments: TrainingArguments) -> torch.optim.lr_scheduler.LambdaLR:
+    """
+    The learning rate's schedule, one of diffusers'.
+
+    Raises:
+        ValueError: If there is none of that name, or its step rules are missing, can't be read or have no use.
+    """
+    known, rules = [kind.value for kind in SchedulerType], arguments.lr_step_rules
+    if arguments.lr_scheduler not in known:
+        raise ValueError(f"`lr_scheduler` is {arguments.lr_scheduler!r}; give one of {', '.join(known)}.")
+    if (rules is not None) != (arguments.lr_scheduler == SchedulerType.PIECEWISE_CONSTANT.value):
+        raise ValueError(
+            f"`lr_step_rules` is {rules!r} and `lr_scheduler` is {arguments.lr_scheduler!r}; the rules go with"
+            " piecewise_constant and with nothing else."
+        )
+    if rules is not None and not _are_step_rules(rules):
+        raise ValueError(
+            f"`lr_step_rules` is {rules!r}; write factors, each with the step that it lasts to, in their order, and a"
+            " last factor: 1:10,0.1:20,0.01."
+        )
+    return get_scheduler(
+        arguments.lr_scheduler,
+        optimizer=optimizer,
+        step_rules=rules,
+        num_warmup_steps=arguments.lr_warmup_steps,
+        num_training_steps=arguments.max_train_steps,
+    )
+
+
+_FACTOR = r"(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+_STEP_RULES = re.compile(rf"({_FACTOR}:\d+,)*{_FACTOR}")
+
+
+def _are_step_rules(rules: str) -> bool:
+    if not _STEP_RULES.fullmatch(rules):
+        return False
+    ends = [int(rule.split(":")[1]) for rule in rules.split(",")[:-1]]
+    return ends == sorted(set(ends))

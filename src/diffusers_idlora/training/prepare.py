@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import LTX2ConditionPipeline
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from diffusers.pipelines.ltx2.utils import DEFAULT_NEGATIVE_PROMPT
 from diffusers.training_utils import free_memory
 from diffusers.utils import logging
 from rich.markup import escape
@@ -30,7 +31,15 @@ from .clips import Bucket, check_denoise_command, choose_bucket, probe_clip
 from .manifest import Columns, Dropped, find_dataset, read_manifest
 from .pairs import Pair, choose_validation_voices, make_pairs
 from .parts import STAGES, Part, PartStore, SoundPart, TextPart, VideoPart, VoicePart, content_hash
-from .samples import INDEX_NAME, TrainingSample, read_sample_metadata, save_sample, write_index
+from .samples import (
+    INDEX_NAME,
+    TrainingSample,
+    read_negative_prompt,
+    read_sample_metadata,
+    save_negative_prompt,
+    save_sample,
+    write_index,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -67,6 +76,8 @@ class PreparationOptions:
         reference_seconds (`float`, *optional*, defaults to `5.0`): Longer references are cut to their loudest part.
         denoise_command (`str`, *optional*): Run on each reference, for example `"denoise {in} {out}"`.
         max_sequence_length (`int`, *optional*, defaults to `1024`): Tokens of a caption.
+        negative_prompt (`str`, *optional*, defaults to diffusers' `DEFAULT_NEGATIVE_PROMPT` for LTX-2):
+            Stored once for the whole set; validation videos need it for text guidance.
         dtype (`str`, *optional*, defaults to `"bf16"`): `"bf16"`, `"fp16"` or `"fp32"`, of the models and the samples.
         limit (`int`, *optional*): Prepare only so many samples, for a trial.
         seed (`int`, *optional*, defaults to `0`): Of the pairs and the held out speakers.
@@ -87,6 +98,7 @@ class PreparationOptions:
     reference_seconds: float = 5.0
     denoise_command: str | None = None
     max_sequence_length: int = 1024
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     dtype: str = "bf16"
     limit: int | None = None
     seed: int = 0
@@ -223,7 +235,10 @@ class Outcome:
 
 
 def prepare_samples(
-    samples: Sequence[PlannedSample], options: PreparationOptions, device: torch.device | str, progress: bool = True
+    samples: Sequence[PlannedSample],
+    options: PreparationOptions,
+    device: torch.device | str,
+    is_main_process: bool = True,
 ) -> list[Outcome]:
     """
     Encodes samples, each of which is written whole or not at all; those that are there already are left alone.
@@ -232,7 +247,8 @@ def prepare_samples(
         samples (`Sequence[PlannedSample]`): What to prepare.
         options (`PreparationOptions`): How.
         device (`torch.device` or `str`): Where the models run.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+        is_main_process (`bool`, *optional*, defaults to `True`):
+            Whether to encode the negative prompt too, and to show progress bars.
 
     Returns:
         `list[Outcome]`: One for each sample.
@@ -256,12 +272,31 @@ def prepare_samples(
             outcomes.append(Outcome(sample.pair.target.file_name, row, reused=True))
 
     store = PartStore(output_dir / WORK_FOLDER / options.settings_hash[:16], DTYPES[options.dtype])
-    failures = _encode_parts([part for _, parts, _ in missing for part in parts], store, options, device, progress)
+    negative = _missing_negative_prompt(options) if is_main_process else None
+    wanted = [part for _, parts, _ in missing for part in parts] + ([negative] if negative else [])
+    failures = _encode_parts(wanted, store, options, device, is_main_process)
+    if negative and negative in store:
+        save_negative_prompt(output_dir, store.load(negative), _negative_prompt_metadata(options))
     for sample, parts, metadata in missing:
         reason = next((failures[part] for part in parts if part in failures), None)
         row = None if reason else _assemble(sample, parts, metadata, store, output_dir)
         outcomes.append(Outcome(sample.pair.target.file_name, row, reason))
     return outcomes
+
+
+def _negative_prompt_metadata(options: PreparationOptions) -> dict[str, str]:
+    return {"negative_prompt": options.negative_prompt, "settings_hash": options.settings_hash}
+
+
+def _missing_negative_prompt(options: PreparationOptions) -> TextPart | None:
+    try:
+        found = read_negative_prompt(options.output_dir)
+    except ValueError as error:
+        logger.warning(f"{error} It is encoded again.")
+        found = None
+    if found is not None and found[1] == _negative_prompt_metadata(options):
+        return None
+    return TextPart(options.negative_prompt, options.max_sequence_length)
 
 
 def _parts(sample: PlannedSample, options: PreparationOptions, sha256: Any) -> list[Part]:

@@ -39,6 +39,8 @@ class TrainingRecord:
             Samples in the prepared data.
         base_revision (`str`, *optional*):
             Branch, tag or commit of the base model.
+        base_fingerprint (`str`, *optional*):
+            Hash of the base transformer's configuration, weight headers and the beginnings of its tensors.
         num_speakers (`int`, *optional*):
             Speakers in the data, where they are known.
         dataset (`str`, *optional*):
@@ -97,6 +99,7 @@ class TrainingRecord:
     data_fingerprint: str
     num_samples: int
     base_revision: str | None = None
+    base_fingerprint: str | None = None
     num_speakers: int | None = None
     dataset: str | None = None
     license: str | None = None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..denoising import TextContext
 from ..media import replaced_when_complete
 
 
 METADATA_KEY = "idlora_sample"
 INDEX_NAME = "index.jsonl"
+NEGATIVE_PROMPT_NAME = "negative_prompt.safetensors"
 SPLITS = ("train", "validation")
 
 _AXES = {
@@ -157,6 +159,53 @@ def read_sample_metadata(path: str | os.PathLike) -> dict[str, Any]:
             f"`path` {str(path)!r} is damaged or no prepared sample ({error}): prepare it again."
         ) from error
     return metadata
+
+
+def save_negative_prompt(
+    root: str | os.PathLike, encoded: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """
+    Writes the negative prompt of a prepared folder, whole or not at all.
+
+    Args:
+        root (`str` or `os.PathLike`):
+            The prepared folder.
+        encoded (`Mapping[str, torch.Tensor]`):
+            `video_prompt_embeds`, `audio_prompt_embeds` and `prompt_attention_mask`, as of a sample.
+        metadata (`Mapping[str, str]`):
+            The text and what it was encoded with.
+    """
+    with replaced_when_complete(Path(root) / NEGATIVE_PROMPT_NAME) as temporary:
+        temporary.write_bytes(save(dict(encoded), metadata=dict(metadata)))
+
+
+def read_negative_prompt(root: str | os.PathLike) -> tuple[TextContext, dict[str, str]] | None:
+    """
+    Reads the negative prompt of a prepared folder.
+
+    Args:
+        root (`str` or `os.PathLike`):
+            The prepared folder.
+
+    Returns:
+        The context, of one row, and its metadata; `None` if the folder has no negative prompt.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = Path(root) / NEGATIVE_PROMPT_NAME
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            video, audio, mask = (file.get_tensor(name)[None] for name in _AXES if "prompt" in name)
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"`instance_data_root` has a damaged negative prompt, {str(path)!r} ({error}): delete it and run "
+            "`prepare_dataset.py` again, which keeps the samples."
+        ) from error
+    return TextContext(video, audio, None if mask.all() else mask), metadata
 
 
 def write_index(root: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:

@@ -9,14 +9,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
-from diffusers.optimization import get_scheduler
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.utils import logging
 from peft import set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
@@ -24,15 +23,26 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..attention_processor import ReferenceAttention
+from ..denoising import TextContext
 from ..media import read_video, replaced_when_complete
-from .arguments import TrainingArguments
-from .batches import BatchOrder, SampleDraw, collate
+from .arguments import OPTION_DEFAULTS, TrainingArguments
+from .batches import BatchOrder, SampleDraw, collate, groups_of_one_shape
 from .checkpoints import check_same_run, find_checkpoint, save_checkpoint
+from .fingerprint import model_fingerprint, model_folder
 from .finish import make_record, publish_folder
 from .hub import check_hub_access, save_trained_adapter
-from .loading import add_lora, check_before_loading, load_samples, load_transformer, make_optimizer
-from .objective import Objective
-from .samples import TrainingSample
+from .loading import add_lora, check_before_loading, load_samples, load_transformer, make_optimizer, make_schedule
+from .objective import Objective, TrainingBatch, TrainingNoise
+from .offload import FrozenLinearsInMainMemory
+from .samples import TrainingSample, read_negative_prompt
+from .sharding import (
+    check_sharding,
+    is_fsdp,
+    load_sharded_state,
+    save_sharded_state,
+    shard_block_by_block,
+    whole_tensor,
+)
 from .validation import load_validation_pipeline, validation_losses, validation_videos
 
 
@@ -74,22 +84,47 @@ class Trainer:
             # The others wait while the main process makes validation videos or uploads.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
         )
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        check_sharding(self.accelerator, arguments)
+        if arguments.offload_frozen_blocks and self.accelerator.num_processes > 1:
             raise ValueError(
-                f"Sharded training ({self.accelerator.distributed_type.value}) is not supported; run `accelerate"
-                " config` for data parallel training."
+                f"`offload_frozen_blocks` is for one process, but there are {self.accelerator.num_processes}; start"
+                " one, or leave it out."
             )
         self.samples, self.held_out = load_samples(arguments, self.accelerator.device)
+        self.negative_context = self._read_negative_prompt()
         self.resumed = find_checkpoint(self.output_dir, arguments.resume_from_checkpoint)
-        if self.resumed is not None:
-            check_same_run(self.resumed[1], self.fixed, self.samples.fingerprint)
+        self._check_resumed()
         # Only now, so that no process finds another's first files and takes them for an earlier run's.
         self.accelerator.wait_for_everyone()
         self.step = 0
         self.bad_steps = 0
         self._stop_requested = threading.Event()
         self._validation_pipeline = None
+        self._cleanup = ExitStack()
         self._validated_step, self._videos = None, []
+
+    def _check_resumed(self) -> None:
+        """Takes the base's fingerprint, and refuses a checkpoint of a run with other settings, data or base."""
+        arguments = self.arguments
+        folder = model_folder(arguments.pretrained_model_name_or_path, "transformer", arguments.revision)
+        self.base_fingerprint = None if folder is None else model_fingerprint(folder, arguments.variant)
+        if self.resumed is not None:
+            state = self.resumed[1]
+            # An option that the checkpoint does not know came later, and its run had the default.
+            state = {**state, "fixed": {**OPTION_DEFAULTS, **state["fixed"]}}
+            check_same_run(state, self.fixed, self.samples.fingerprint, self.base_fingerprint)
+
+    def _read_negative_prompt(self) -> TextContext | None:
+        if self.held_out is None or not self.arguments.validation_inference_steps:
+            return None
+        found = read_negative_prompt(self.arguments.instance_data_root)
+        if found is None:
+            logger.warning(
+                "The data hold no negative prompt, so validation videos are made without text guidance; prepare them"
+                " again to add it, which keeps the samples."
+            )
+            return None
+        return found[0]
 
     def check_hub(self) -> None:
         """Raises a ValueError if the run is to be published and the Hub would not take it."""
@@ -112,32 +147,46 @@ class Trainer:
         """Loads the transformer, adds the LoRA in float32 and prepares optimizer and schedule."""
         arguments = self.arguments
         self.transformer = load_transformer(arguments, self.weight_dtype)
+        if self.base_fingerprint is None:
+            # A base on the Hub had still to be downloaded.
+            self._check_resumed()
         self._check_latents()
         # Right before the adapter's initialisation, whatever loading the base may have drawn.
         set_seed(arguments.seed)
         add_lora(self.transformer, arguments)
         if arguments.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if not arguments.quantize_base.startswith("bnb"):
+        if arguments.offload_frozen_blocks:
+            self._cleanup.enter_context(FrozenLinearsInMainMemory(self.transformer, self.accelerator.device))
+        if is_fsdp(self.accelerator):
+            shard_block_by_block(self.accelerator, self.transformer)
+            if self.resumed is not None:
+                # Before the weights are taken apart, each process has the whole adapter.
+                self._load_adapter_state([], str(self.resumed[0]))
+        elif not arguments.quantize_base.startswith("bnb"):
             # bitsandbytes has put its weights on the device itself, and refuses to move them.
             self.transformer.to(self.accelerator.device)
         if arguments.compile:
             self.transformer.compile_repeated_blocks(fullgraph=True)
-        self.parameters = [item for item in self.transformer.parameters() if item.requires_grad]
-        optimizer = make_optimizer(self.parameters, arguments)
-        schedule = get_scheduler(
-            arguments.lr_scheduler,
-            optimizer=optimizer,
-            num_warmup_steps=arguments.lr_warmup_steps,
-            num_training_steps=arguments.max_train_steps,
-        )
+        optimizer = make_optimizer(self._trained_parameters(), arguments)
+        schedule = make_schedule(optimizer, arguments)
         self.accelerator.register_save_state_pre_hook(self._save_adapter_state)
         self.accelerator.register_load_state_pre_hook(self._load_adapter_state)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.transformer, optimizer, schedule)
+        # Sharding has put others in their place.
+        self.parameters = self._trained_parameters()
         self.model.train()
         if arguments.report_to is not None:
             settings = {name: value for name, value in dataclasses.asdict(arguments).items() if name != "hub_token"}
             self.accelerator.init_trackers("train-id-lora", {name: str(value) for name, value in settings.items()})
+
+    def _trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """The adapter's weights by their names in the model, whole and in main memory; called by every process."""
+        trained = [item for item in self.transformer.named_parameters() if item[1].requires_grad]
+        return {name: whole_tensor(parameter.detach()).cpu() for name, parameter in trained}
 
     def _check_latents(self) -> None:
         sample, config = self.samples[0], self.transformer.config
@@ -153,8 +202,8 @@ class Trainer:
     def _save_adapter_state(self, models: list, weights: list, folder: str) -> None:
         # The base never changes, so only the adapter is kept; popped weights are not saved by accelerate.
         weights.clear()
+        state = get_peft_model_state_dict(self.transformer, state_dict=self.adapter_state())
         if self.accelerator.is_main_process:
-            state = {key: value.cpu() for key, value in get_peft_model_state_dict(self.transformer).items()}
             save_file(state, Path(folder) / ADAPTER_STATE_NAME)
 
     def _load_adapter_state(self, models: list, folder: str) -> None:
@@ -167,12 +216,26 @@ class Trainer:
                 f" {mismatch.unexpected_keys[0]!r}; give the run's own `target_modules`."
             )
 
+    def _save_state(self, folder: Path) -> None:
+        if is_fsdp(self.accelerator):
+            # accelerate would write the base, too.
+            self._save_adapter_state([], [], str(folder))
+            save_sharded_state(self.accelerator, self.model, self.optimizer.optimizer, self.schedule, folder)
+        else:
+            self.accelerator.save_state(str(folder), safe_serialization=True)
+
+    def _load_state(self, folder: Path) -> None:
+        if is_fsdp(self.accelerator):
+            load_sharded_state(self.accelerator, self.model, self.optimizer.optimizer, self.schedule, folder)
+        else:
+            self.accelerator.load_state(str(folder))
+
     def run(self) -> None:
         """Trains to the last step, or until the process is asked to stop; then saves and returns."""
         arguments = self.arguments
         if self.resumed is not None:
             folder, state = self.resumed
-            self.accelerator.load_state(str(folder))
+            self._load_state(folder)
             self.step, self.bad_steps = state["step"], state["bad_steps"]
             follow_schedule(self.schedule.scheduler)
             if self.accelerator.is_main_process:
@@ -213,36 +276,57 @@ class Trainer:
             if log is not None:
                 log.close()
 
-    def _batches(self, start: int) -> Iterator:
-        """The part of this process of the batches from number `start` on, on its device."""
-        order = BatchOrder(self.samples.buckets, self.global_batch_size, self.arguments.seed)
+    def _batches(self, start: int) -> Iterator[tuple[TrainingBatch, TrainingNoise]]:
+        """
+        The part of this process of the batches from number `start` on, on its device; one whose samples differ in
+        shape comes as several, one for each shape.
+        """
+        buckets = [()] * len(self.samples) if self.arguments.mix_lengths else self.samples.buckets
+        order = BatchOrder(buckets, self.global_batch_size, self.arguments.seed)
         first = self.accelerator.process_index * self.arguments.train_batch_size
         rows = range(first, first + self.arguments.train_batch_size)
         for number, indices in enumerate(order.batches_from(start), start=start):
-            yield collate(
-                [self.samples[indices[row]] for row in rows],
-                [SampleDraw.of(self.arguments.seed, number, row) for row in rows],
-                self.transformer.audio_rope,
-                self.accelerator.device,
-                self.weight_dtype,
-                self.arguments.reference_dropout,
-                self.arguments.first_frame_conditioning_p,
-            )
+            samples = [self.samples[indices[row]] for row in rows]
+            draws = [SampleDraw.of(self.arguments.seed, number, row) for row in rows]
+            for group in groups_of_one_shape(samples):
+                yield collate(
+                    [samples[position] for position in group],
+                    [draws[position] for position in group],
+                    self.transformer.audio_rope,
+                    self.accelerator.device,
+                    self.weight_dtype,
+                    self.arguments.reference_dropout,
+                    self.arguments.first_frame_conditioning_p,
+                )
+
+    def accumulate_gradients(self, attention: ReferenceAttention, batches: Iterator) -> torch.Tensor:
+        """
+        Adds up the gradients of one optimizer step, shape after shape and batch after batch.
+
+        Args:
+            attention (`ReferenceAttention`): The processors installed on the model.
+            batches (`Iterator`): From [`~Trainer._batches`].
+
+        Returns:
+            `torch.Tensor`: Loss, video term and audio term `[3]`, each the mean over the samples of all processes.
+        """
+        wanted = self.arguments.train_batch_size * self.arguments.gradient_accumulation_steps
+        done, sums = 0, torch.zeros(3, device=self.accelerator.device)
+        while done < wanted:
+            batch, noise = next(batches)
+            share = len(noise.sigmas) / wanted
+            done += len(noise.sigmas)
+            # Gradients are exchanged with the last part only, of which every process has one, however many shapes
+            # its samples have.
+            with nullcontext() if done == wanted else self.accelerator.no_sync(self.model):
+                loss = self.objective(self.model, attention, batch, noise)
+                self.accelerator.backward(loss.total * share)
+            sums += torch.stack([loss.total, loss.video.mean(), loss.audio.mean()]).detach().float() * share
+        return self.accelerator.reduce(sums, reduction="mean")
 
     def _train_step(self, attention: ReferenceAttention, batches: Iterator) -> dict[str, float]:
         """One optimizer step; a loss or gradient that is not finite leaves the weights as they were."""
-        accumulation = self.arguments.gradient_accumulation_steps
-        sums = torch.zeros(3, device=self.accelerator.device)
-        for micro_step in range(accumulation):
-            batch, noise = next(batches)
-            # Gradients are exchanged between processes with the last part only.
-            last = micro_step == accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.objective(self.model, attention, batch, noise)
-                self.accelerator.backward(loss.total / accumulation)
-            parts = torch.stack([loss.total, loss.video.mean(), loss.audio.mean()]).detach().float()
-            sums += parts / accumulation
-        sums = self.accelerator.reduce(sums, reduction="mean")
+        sums = self.accumulate_gradients(attention, batches)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.arguments.max_grad_norm)
         learning_rate = self.schedule.get_last_lr()[0]
         # With fp16 the loss scaler finds infinite gradients by itself, skips the step and lowers its scale.
@@ -274,10 +358,13 @@ class Trainer:
 
     def _publish_checkpoint(self, checkpoint: Path) -> None:
         arguments = self.arguments
-        if not arguments.push_checkpoints or not self.accelerator.is_main_process:
+        if not arguments.push_checkpoints:
+            return
+        state = self.adapter_state()
+        if not self.accelerator.is_main_process:
             return
         with tempfile.TemporaryDirectory() as folder:
-            save_trained_adapter(folder, self.transformer, make_record(self))
+            save_trained_adapter(folder, self.transformer, make_record(self), state_dict=state)
             publish_folder(arguments, Path(folder), path_in_repo=checkpoint.name)
 
     @property
@@ -301,14 +388,16 @@ class Trainer:
         if self._validated_step == self.step:
             return self._videos
         videos = []
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or is_fsdp(self.accelerator):
+            # A sharded model runs in all processes or in none.
             samples = [self.held_out[i] for i in range(min(arguments.num_validation_samples, len(self.held_out)))]
             with nullcontext(attention) if attention else ReferenceAttention(self.transformer) as installed:
                 losses = validation_losses(
                     installed, self.objective, samples, self.accelerator.device, self.weight_dtype
                 )
             self.accelerator.log(losses, step=self.step)
-            append_json_line(self.output_dir / "validation.jsonl", {"step": self.step, **losses})
+            if self.accelerator.is_main_process:
+                append_json_line(self.output_dir / "validation.jsonl", {"step": self.step, **losses})
             if arguments.validation_inference_steps:
                 videos = self._validation_videos(samples)
         self._validated_step, self._videos = self.step, videos
@@ -324,15 +413,17 @@ class Trainer:
         videos = validation_videos(
             self._validation_pipeline,
             samples,
-            self.output_dir / "validation" / f"step-{self.step}",
+            self.output_dir / "validation" / f"step-{self.step}" if self.accelerator.is_main_process else None,
             arguments.validation_inference_steps,
             identity_guidance_scale=3.0,
+            negative_context=self.negative_context,
         )
         log_videos(self.accelerator, videos, self.step)
         return videos
 
     def end(self) -> None:
-        """Closes trackers and waits for all processes."""
+        """Closes trackers, gives offloaded layers back as they were and waits for all processes."""
+        self._cleanup.close()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -344,9 +435,10 @@ class Trainer:
             {
                 "fixed": self.fixed,
                 "data_fingerprint": self.samples.fingerprint,
+                "base_fingerprint": self.base_fingerprint,
                 "bad_steps": self.bad_steps,
             },
-            lambda folder: self.accelerator.save_state(str(folder), safe_serialization=True),
+            self._save_state,
             is_main_process=self.accelerator.is_main_process,
             wait=self.accelerator.wait_for_everyone,
             total_limit=self.arguments.checkpoints_total_limit,

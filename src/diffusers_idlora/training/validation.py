@@ -11,13 +11,14 @@ from ..attention_processor import ReferenceAttention
 from ..denoising import TextContext
 from ..media import write_video
 from ..pipeline_ltx2_idlora import LTX2IDLoRAPipeline
-from .batches import SampleDraw, collate
+from .batches import SampleDraw, collate, stack_contexts
 from .objective import Objective
 from .samples import TrainingSample
 
 
 VALIDATION_SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
 VALIDATION_SEED = 0
+WITHOUT_NEGATIVE_PROMPT = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0}
 
 
 @torch.no_grad()
@@ -87,38 +88,44 @@ def load_validation_pipeline(
 def validation_videos(
     pipe: LTX2IDLoRAPipeline,
     samples: Sequence[TrainingSample],
-    folder: Path,
+    folder: Path | None,
     num_inference_steps: int,
     identity_guidance_scale: float,
+    negative_context: TextContext | None = None,
 ) -> list[Path]:
     """
     Generates each held-out sample from its caption, first frame and reference, with the training's own pipeline.
 
-    The prepared data hold no negative prompt, so there is no text guidance; spatio-temporal and modality guidance are
-    off too, which leaves two passes per step.
+    With a negative prompt that is the released recipe, of five passes per step. Without one there can be no text
+    guidance; spatio-temporal and modality guidance are off too then, which leaves two passes.
 
     Args:
         pipe (`LTX2IDLoRAPipeline`): From [`load_validation_pipeline`].
         samples (`Sequence[TrainingSample]`): Held-out samples.
-        folder (`pathlib.Path`): Where `0.mp4`, `1.mp4`, ... are written.
+        folder (`pathlib.Path`, *optional*):
+            Where `0.mp4`, `1.mp4`, ... are written; `None` in a process that only computes its part.
         num_inference_steps (`int`): Denoising steps.
         identity_guidance_scale (`float`): Scale of identity guidance.
+        negative_context (`TextContext`, *optional*): The negative prompt, of one row.
 
     Returns:
         `list[pathlib.Path]`: The videos.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     was_training = pipe.transformer.training
     pipe.transformer.eval()
     device, dtype = pipe.transformer.device, pipe.vae.dtype
+    if negative_context is None:
+        guidance = WITHOUT_NEGATIVE_PROMPT
+    else:
+        guidance = {"negative_text_context": negative_context.to(device, dtype)}
     for component in (pipe.vae, pipe.audio_vae, pipe.vocoder):
         component.to(device)
     paths = []
     for index, sample in enumerate(samples):
         output = pipe(
-            text_context=TextContext(
-                sample.video_prompt_embeds[None].to(device, dtype), sample.audio_prompt_embeds[None].to(device, dtype)
-            ),
+            text_context=stack_contexts([sample], device, dtype),
             image_latents=denormalize_video(sample.video_latents[None, :, :1].float(), pipe.vae),
             reference_latents=denormalize_audio(sample.reference_latents[0][None].float(), pipe.audio_vae),
             height=sample.video_latents.shape[2] * pipe.vae_spatial_compression_ratio,
@@ -126,12 +133,12 @@ def validation_videos(
             num_frames=(sample.video_latents.shape[1] - 1) * pipe.vae_temporal_compression_ratio + 1,
             frame_rate=sample.frame_rate,
             num_inference_steps=num_inference_steps,
-            guidance_scale=1.0,
-            stg_scale=0.0,
-            modality_scale=1.0,
             identity_guidance_scale=identity_guidance_scale,
+            **guidance,
             generator=torch.Generator().manual_seed(VALIDATION_SEED),
         )
+        if folder is None:
+            continue
         path = folder / f"{index}.mp4"
         write_video(
             path,

@@ -1,0 +1,54 @@
+"""The training script with FSDP2 on CPUs, where accelerate does not switch it on by itself."""
+
+import importlib.util
+import os
+import sys
+
+import torch.distributed.fsdp
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from training_run import SCRIPT
+
+
+# As `accelerate launch` sets it for the answers that a user gives to `accelerate config`.
+ENVIRONMENT = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def use_fsdp(precision="no"):
+    """Sets accelerate's state to what it is under `ENVIRONMENT` where there are GPUs."""
+    state = Accelerator(mixed_precision=precision, cpu=True).state
+    plugin = FullyShardedDataParallelPlugin()
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+    state.fsdp_plugin = plugin
+    PartialState().distributed_type = DistributedType.FSDP
+
+
+def main(arguments):
+    """Runs the script; fails if it did not shard block by block."""
+    os.environ.update(ENVIRONMENT)
+    use_fsdp(arguments[arguments.index("--mixed_precision") + 1])
+    sharded, fully_shard = [], torch.distributed.fsdp.fully_shard
+
+    def noted_fully_shard(module, **options):
+        sharded.append(module)
+        return fully_shard(module, **options)
+
+    torch.distributed.fsdp.fully_shard = noted_fully_shard
+    spec = importlib.util.spec_from_file_location("train_idlora_ltx2", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    code = script.main(arguments)
+    assert all(any(block is module for module in sharded) for block in sharded[-1].transformer_blocks)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
