@@ -17,7 +17,7 @@ from diffusers_idlora.attention_processor import (
     LTX2IDLoRAAttnProcessor,
     ReferenceAttention,
 )
-from diffusers_idlora.reference import ReferenceBatch, ReferenceLayout, reference_timesteps
+from diffusers_idlora.reference import ReferenceBatch, ReferenceLayout, Turn, reference_timesteps
 from diffusers_idlora.tiny import tiny_components
 from golden import Recording
 
@@ -284,6 +284,151 @@ def test_under_the_text_mask_reference_tokens_attend_uniformly(dtype):
         uniform = attention_module.to_out[0]((mean * gates.unsqueeze(-1)).flatten(2))
     torch.testing.assert_close(output[:, :4], uniform[:, :4], atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=0)
     assert (output[:, 4:] - uniform[:, 4:]).abs().max() > 1e-3
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def attend(transformer, name, rules, tokens, keys=None):
+    """One attention of the second block by itself, with audio positions for audio; keys are audio where given."""
+    module = getattr(transformer.transformer_blocks[1], name)
+    rotary = {}
+    if name == "audio_attn1":
+        rotary["query_rotary_emb"] = transformer.audio_rope(audio_positions(transformer, rules.layout))
+    elif name == "audio_to_video_attn":
+        video = transformer.rope.prepare_video_coords(1, 3, 2, 2, "cpu", fps=25.0)
+        rotary["query_rotary_emb"] = transformer.cross_attn_rope(video[:, :1])
+        rotary["key_rotary_emb"] = transformer.cross_attn_audio_rope(audio_positions(transformer, rules.layout))
+    with ReferenceAttention(transformer) as attention:
+        attention.apply(rules, "cpu", torch.float32)
+        return module(tokens, encoder_hidden_states=keys, **rotary)
+
+
+def audio_positions(transformer, layout):
+    target = transformer.audio_rope.prepare_audio_coords(len(layout.lengths), layout.num_target_tokens, "cpu")
+    return torch.cat(
+        [target[:, :, : layout.num_reference_tokens] - 1, target, target[:, :, : layout.num_copy_tokens]], dim=2
+    )
+
+
+@families
+def test_a_copy_attends_to_itself_alone_and_no_other_audio_attends_to_it(transformers, family):
+    transformer = transformers[family]
+    dim = transformer.transformer_blocks[1].audio_attn1.query_dim
+    front, copy = randn(1, 4 + NUM_TARGET, dim), randn(1, NUM_TARGET, dim, seed=1)
+    rules = [
+        AttentionRules(ReferenceLayout((length,), num_references, NUM_TARGET, num_copies))
+        for length, num_references, num_copies in ((3, 4, NUM_TARGET), (3, 4, 0), (0, 0, 0))
+    ]
+    together = attend(transformer, "audio_attn1", rules[0], torch.cat([front, copy], dim=1))
+    # The first token is padding.
+    alone = attend(transformer, "audio_attn1", rules[1], front)
+    assert torch.equal(together[:, : 4 + NUM_TARGET], alone)
+    assert torch.equal(together[:, 4 + NUM_TARGET :], attend(transformer, "audio_attn1", rules[2], copy))
+    assert (alone - attend(transformer, "audio_attn1", AttentionRules(ReferenceLayout((4,), 4, NUM_TARGET)), front))[
+        :, 4:
+    ].abs().max() > 1e-4
+
+
+@families
+@pytest.mark.parametrize("masks", MASKS[:2], ids=["no masks", "mask_video_from_reference"])
+@pytest.mark.parametrize("length", [4, 3], ids=["no padding", "padding"])
+def test_video_does_not_attend_to_a_copy(transformers, family, masks, length):
+    transformer = transformers[family]
+    module = transformer.transformer_blocks[1].audio_to_video_attn
+    video, audio = randn(1, NUM_VIDEO, module.query_dim), randn(1, 4 + 2 * NUM_TARGET, module.cross_attention_dim)
+    with_copy, without = (
+        attend(
+            transformer,
+            "audio_to_video_attn",
+            AttentionRules(ReferenceLayout((length,), 4, NUM_TARGET, num_copies), **masks),
+            video,
+            audio[:, : 4 + NUM_TARGET + num_copies],
+        )
+        for num_copies in (NUM_TARGET, 0)
+    )
+    assert torch.equal(with_copy, without)
+
+
+@families
+@pytest.mark.parametrize("stg_blocks", [(1,), ()], ids=["perturbed", "not perturbed"])
+def test_a_perturbed_row_stays_perturbed_beside_a_copy(transformers, family, stg_blocks):
+    transformer = transformers[family]
+    dim = transformer.transformer_blocks[1].audio_attn1.query_dim
+    tokens = randn(2, 4 + 2 * NUM_TARGET, dim)
+    with_copy, without = (
+        attend(
+            transformer,
+            "audio_attn1",
+            AttentionRules(
+                ReferenceLayout((4, 4), 4, NUM_TARGET, num_copies), perturbed=(False, True), stg_blocks=stg_blocks
+            ),
+            tokens[:, : 4 + NUM_TARGET + num_copies],
+        )
+        for num_copies in (NUM_TARGET, 0)
+    )
+    assert torch.equal(with_copy[:, : 4 + NUM_TARGET], without)
+    if stg_blocks:
+        copy = tokens[:1, 4 + NUM_TARGET :]
+        plain = attend(transformer, "audio_attn1", AttentionRules(ReferenceLayout((0,), 0, NUM_TARGET)), copy)
+        torch.testing.assert_close(with_copy[:1, 4 + NUM_TARGET :], plain, atol=1e-6, rtol=0)
+        assert (with_copy[1, 4 + NUM_TARGET :] - with_copy[0, 4 + NUM_TARGET :]).abs().max() > 1e-3
+
+
+# Nine target tokens from 0 to 0.33 s: the first speaker's turn holds the second and third, the other's the fifth to
+# the seventh; twelve video tokens: four of 0.04 s, and two times four of 0.32 s.
+SPANS = ((0.01, 0.1), (0.14, 0.23))
+
+
+def two_speakers(transformer):
+    """References of 2 and 3 tokens and rules under which each is heard in its speaker's turn."""
+    channels = transformer.config.audio_in_channels
+    turns = [Turn(torch.randn(length, channels), *span) for length, span in zip((2, 3), SPANS)]
+    batch = ReferenceBatch.from_turns([turns], transformer.audio_rope, NUM_TARGET)
+    video = transformer.rope.prepare_video_coords(1, 3, 2, 2, "cpu", fps=25.0)
+    return AttentionRules(
+        ReferenceLayout(batch.lengths, batch.num_tokens, NUM_TARGET),
+        audio_visibility=batch.turns.audio_visibility(
+            transformer.audio_rope.prepare_audio_coords(1, NUM_TARGET, "cpu")
+        ),
+        video_visibility=batch.turns.video_visibility(video, NUM_TARGET),
+    )
+
+
+@families
+@pytest.mark.parametrize(
+    ("reference", "hearers"),
+    [([0, 1], [0, 1, 5 + 1, 5 + 2]), ([2, 3, 4], [2, 3, 4, 5 + 4, 5 + 5, 5 + 6])],
+    ids=["first speaker", "second speaker"],
+)
+def test_another_reference_changes_only_its_speaker_s_reference_and_turn(transformers, family, reference, hearers):
+    transformer = transformers[family]
+    rules = two_speakers(transformer)
+    tokens = randn(1, 5 + NUM_TARGET, transformer.transformer_blocks[1].audio_attn1.query_dim)
+    changed = tokens.clone()
+    changed[:, reference] = randn(1, len(reference), tokens.shape[2], seed=1)
+    outputs = [attend(transformer, "audio_attn1", rules, item) for item in (tokens, changed)]
+    differences = (outputs[0] - outputs[1]).abs().amax(dim=(0, 2))
+    others = [index for index in range(5 + NUM_TARGET) if index not in hearers]
+    assert (differences[hearers] > 1e-4).all()
+    assert (differences[others] == 0).all()
+
+
+@families
+def test_video_hears_the_reference_of_whose_turn_it_is(transformers, family):
+    transformer = transformers[family]
+    module = transformer.transformer_blocks[1].audio_to_video_attn
+    rules = two_speakers(transformer)
+    video, audio = randn(1, NUM_VIDEO, module.query_dim), randn(1, 5 + NUM_TARGET, module.cross_attention_dim)
+    for reference, hearers in (([0, 1], range(4)), ([2, 3, 4], range(4, 8))):
+        changed = audio.clone()
+        changed[:, reference] = randn(1, len(reference), audio.shape[2], seed=1)
+        outputs = [attend(transformer, "audio_to_video_attn", rules, video, item) for item in (audio, changed)]
+        differences = (outputs[0] - outputs[1]).abs().amax(dim=(0, 2))
+        assert (differences[list(hearers)] > 1e-5).all()
+        assert (differences[[index for index in range(NUM_VIDEO) if index not in hearers]] == 0).all()
 
 
 @pytest.fixture

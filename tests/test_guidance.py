@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from diffusers_idlora.guidance import (
     GuidancePlan,
     GuidanceScales,
 )
+from golden import Recording
 
 
 # A busy machine is no reason to fail.
@@ -200,6 +202,65 @@ def test_rescaling_brings_each_row_s_deviation_back_towards_the_conditional_one(
         torch.testing.assert_close(actual, guided * (1 + factor * (ratio - 1))[:, None, None])
 
 
+# CFG-star ------------------------------------------------------------------------------------------------------------
+
+TEXT_ONLY = {"stg_scale": 0.0, "modality_scale": 1.0}
+
+
+def test_cfg_star_gives_the_recorded_delta_on_both_modalities():
+    recording = Recording.load("cfg_star")
+    scales = GuidanceScales(
+        guidance_scale=float(recording.metadata["scale"]),
+        audio_guidance_scale=float(recording.metadata["scale"]),
+        cfg_star=True,
+        **TEXT_ONLY,
+    )
+    conditional, negative = recording["cond"], recording["uncond"]
+    predictions = {CONDITIONAL: (conditional, conditional), NEGATIVE: (negative, negative)}
+    for guided in GuidancePlan.from_scales(scales).combine(predictions):
+        torch.testing.assert_close(guided - conditional, recording["delta"], atol=1e-5, rtol=0)
+
+
+def test_with_cfg_star_each_row_of_a_batch_equals_its_single():
+    predictions = random_predictions()
+    # Rows whose negative predictions need very different factors.
+    stretch = torch.tensor([0.2, 5.0], dtype=torch.float64)[:, None, None]
+    predictions[NEGATIVE] = tuple(tokens * stretch for tokens in predictions[NEGATIVE])
+    plan = GuidancePlan.from_scales(GuidanceScales(cfg_star=True), 3.0)
+    batch = plan.combine(predictions)
+    for row in (slice(0, 1), slice(1, 2)):
+        single = plan.combine({item: (video[row], audio[row]) for item, (video, audio) in predictions.items()})
+        close([tokens[row] for tokens in batch], single)
+
+
+def test_cfg_star_changes_the_negative_term_alone_and_does_not_feel_its_length():
+    predictions = random_predictions()
+    plain, star = (
+        GuidancePlan.from_scales(GuidanceScales(cfg_star=cfg_star), 3.0).combine(predictions)
+        for cfg_star in (False, True)
+    )
+    assert all((one - other).abs().max() > 0.1 for one, other in zip(plain, star))
+    longer = predictions | {NEGATIVE: tuple(10 * tokens for tokens in predictions[NEGATIVE])}
+    close(GuidancePlan.from_scales(GuidanceScales(cfg_star=True), 3.0).combine(longer), star)
+    off = scales_of(1.0, 1.0, 1.0, 1.0, 3.0, 3.0)
+    without_text = GuidancePlan.from_scales(off, 3.0).combine(predictions)
+    close(GuidancePlan.from_scales(replace(off, cfg_star=True), 3.0).combine(predictions), without_text)
+
+
+def test_cfg_star_takes_a_negative_prediction_of_zeros():
+    predictions = random_predictions([CONDITIONAL])
+    predictions[NEGATIVE] = tuple(torch.zeros_like(tokens) for tokens in predictions[CONDITIONAL])
+    guided = GuidancePlan.from_scales(GuidanceScales(3.0, 7.0, cfg_star=True, **TEXT_ONLY)).combine(predictions)
+    close(guided, [scale * tokens for scale, tokens in zip((3.0, 7.0), predictions[CONDITIONAL])])
+
+
+@pytest.mark.parametrize("value", [1, 0.0, "yes", None])
+def test_cfg_star_that_is_neither_true_nor_false_is_an_error_that_names_it(value):
+    with pytest.raises(ValueError) as error:
+        GuidanceScales(cfg_star=value)
+    assert f"`cfg_star` is {value!r}" in str(error.value)
+
+
 # The scales of a call ------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +274,7 @@ def test_the_defaults_are_the_released_recipe():
         audio_modality_scale=3.0,
         guidance_rescale=0.0,
         audio_guidance_rescale=0.0,
+        cfg_star=False,
     )
     assert set(GuidancePlan.from_scales(GuidanceScales(), 3.0).passes) == set(ALL_PASSES)
 

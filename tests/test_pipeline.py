@@ -242,9 +242,7 @@ def test_several_clips_of_a_speaker_lie_on_one_negative_timeline(pipe, voice_wav
     hook = pipe.transformer.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs), with_kwargs=True)
     try:
         pipe(prompt="a", reference_audio=(voice_wav, demo_voice(2.0)), **SMALL)
-        one_by_one = [
-            pipe._reference_tokens(pipe.encode_reference_audio(clip)) for clip in (voice_wav, demo_voice(2.0))
-        ]
+        one_by_one = [pipe._audio_tokens(pipe.encode_reference_audio(clip)) for clip in (voice_wav, demo_voice(2.0))]
     finally:
         hook.remove()
     tokens, (positions,) = seen[0]["audio_hidden_states"][0], seen[0]["audio_coords"][0]

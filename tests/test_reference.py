@@ -10,6 +10,7 @@ from conftest import families
 from diffusers_idlora.reference import (
     ReferenceBatch,
     ReferenceLayout,
+    Turn,
     pack_reference_latents,
     reference_positions,
     reference_timesteps,
@@ -192,6 +193,95 @@ def test_repeated_rows_stand_next_to_each_other(count):
     assert torch.equal(repeated.positions, batch.positions[order])
 
 
+# Turns ---------------------------------------------------------------------------------------------------------------
+
+# Ten target tokens of 0.04 s, the first of 0.01 s: they begin at 0, 0.01, 0.05, ... and end at 0.37.
+NUM_TARGET = 10
+TARGET_POSITIONS = ROPE.prepare_audio_coords(1, NUM_TARGET, "cpu")
+
+
+def random_clips(*lengths):
+    return [clip for (clip,) in random_rows([[length] for length in lengths])]
+
+
+def test_each_speaker_s_reference_lies_before_zero_as_if_alone():
+    one, other = random_clips(3, 5)
+    batch = ReferenceBatch.from_turns([[Turn(one, 0.0, 0.2), Turn(other, 0.2, 0.4)]], ROPE, NUM_TARGET)
+    assert batch.lengths == (8,)
+    assert torch.equal(batch.tokens[0], torch.cat([one, other]))
+    for positions, length in zip(split_clips(batch.positions, [3, 5]), (3, 5)):
+        assert torch.equal(positions, reference_positions([length], ROPE)[0, 0])
+
+
+def test_turns_with_the_same_tokens_are_one_speaker_s_whose_reference_stands_once():
+    one, other = random_clips(3, 5)
+    turns = [Turn(one, 0.0, 0.1), Turn(other, 0.1, 0.2), Turn(one, 0.2, 0.3), Turn(one.clone(), 0.3, 0.4)]
+    batch = ReferenceBatch.from_turns([turns], ROPE, NUM_TARGET)
+    assert batch.turns.speakers.tolist() == [[0] * 3 + [1] * 5 + [2] * 3]
+    assert batch.turns.spans == (((0, 0.0, 0.1), (1, 0.1, 0.2), (0, 0.2, 0.3), (2, 0.3, 0.4)),)
+
+
+def test_a_target_token_sees_the_references_of_the_turns_that_hold_its_middle():
+    one, other = random_clips(1, 2)
+    # The second token's middle is 0.03 s, the fourth's 0.11 s and the sixth's 0.19 s; at the fourth the turns overlap.
+    turns = [Turn(one, 0.02, 0.12), Turn(other, 0.1, 0.2)]
+    visible = ReferenceBatch.from_turns([turns], ROPE, NUM_TARGET).turns.audio_visibility(TARGET_POSITIONS)
+    assert visible.shape == (1, 3 + NUM_TARGET, 3 + NUM_TARGET)
+    expected = [[False] * 3] + [[True, False, False]] * 2 + [[True] * 3] + [[False, True, True]] * 2
+    assert visible[0, 3:, :3].tolist() == expected + [[False] * 3] * 4
+    assert visible[0, 3:, 3:].all()
+
+
+def test_a_reference_token_sees_its_own_speaker_s_and_the_target():
+    one, other = random_clips(1, 2)
+    turns = [Turn(one, 0.0, 0.2), Turn(other, 0.2, 0.4)]
+    visible = ReferenceBatch.from_turns([turns], ROPE, NUM_TARGET).turns.audio_visibility(TARGET_POSITIONS)
+    assert visible[0, :3, :3].tolist() == [[True, False, False], [False, True, True], [False, True, True]]
+    assert visible[0, :3, 3:].all()
+
+
+def test_a_video_token_sees_the_references_of_its_time_and_the_whole_target():
+    one, other = random_clips(1, 2)
+    turns = [Turn(one, 0.0, 0.1), Turn(other, 0.1, 0.4)]
+    positions = TRANSFORMER.rope.prepare_video_coords(1, 2, 2, 2, "cpu", fps=25.0)
+    visible = ReferenceBatch.from_turns([turns], ROPE, NUM_TARGET).turns.video_visibility(positions, NUM_TARGET)
+    assert visible.shape == (1, 8, 3 + NUM_TARGET)
+    # The first latent frame is one picture of 0.04 s, the second holds the eight up to 0.36 s.
+    assert visible[0, :, :3].tolist() == [[True, False, False]] * 4 + [[False, True, True]] * 4
+    assert visible[0, :, 3:].all()
+
+
+def test_rows_with_turns_stand_beside_rows_without_and_repeat_with_their_turns():
+    one, other = random_clips(3, 2)
+    rows = [[Turn(one, 0.0, 0.2), Turn(other, 0.2, 0.4)], [], [Turn(other, 0.1, 0.3)]]
+    batch = ReferenceBatch.from_turns(rows, ROPE, NUM_TARGET)
+    assert batch.lengths == (5, 0, 2)
+    assert batch.turns.speakers.tolist() == [[0, 0, 0, 1, 1], [-1] * 5, [-1, -1, -1, 0, 0]]
+    positions = TARGET_POSITIONS.expand(3, -1, -1, -1)
+    visible = batch.turns.audio_visibility(positions)
+    assert not visible[1, 5:, :5].any() and not visible[2, 5:, :3].any()
+    repeated = batch.repeat_rows(2)
+    order = [0, 0, 1, 1, 2, 2]
+    assert torch.equal(repeated.turns.audio_visibility(positions[order]), visible[order])
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[], []]])
+def test_rows_without_turns_have_no_references(rows):
+    assert ReferenceBatch.from_turns(rows, ROPE, NUM_TARGET) is None
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.2, 0.2), (0.3, 0.2), (float("nan"), 0.2), (0.1, float("nan"))])
+def test_a_turn_that_ends_where_it_begins_or_earlier_is_an_error(start, end):
+    with pytest.raises(ValueError, match="`start` of a turn .* has to be smaller than its `end`"):
+        ReferenceBatch.from_turns([[Turn(torch.zeros(2, FEATURES), start, end)]], ROPE, NUM_TARGET)
+
+
+@pytest.mark.parametrize(("start", "end"), [(5.0, 6.0), (0.115, 0.125), (-2.0, -1.0)])
+def test_a_turn_that_holds_no_sound_of_the_clip_is_an_error(start, end):
+    with pytest.raises(ValueError, match=rf"`start` {start} s and `end` {end} s holds no sound .* before 0.35 s"):
+        ReferenceBatch.from_turns([[Turn(torch.zeros(2, FEATURES), start, end)]], ROPE, NUM_TARGET)
+
+
 # Layout and timesteps ------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +303,21 @@ def test_padding_is_what_stands_before_a_shorter_reference(lengths, spare, num_t
 def test_a_layout_whose_rows_do_not_fit_is_an_error():
     with pytest.raises(ValueError, match=r"`lengths` \(3, 6\) exceed `num_reference_tokens` 5"):
         ReferenceLayout((3, 6), 5, 9)
+
+
+def test_a_copy_stands_after_the_target_and_is_no_padding():
+    layout = ReferenceLayout((3, 1), 3, 5, num_copy_tokens=5)
+    assert layout.num_front_tokens == 3 + 5
+    assert layout.num_tokens == 3 + 5 + 5
+    assert layout.is_padding().tolist() == [[False] * 13, [True] * 2 + [False] * 11]
+
+
+@pytest.mark.parametrize("num_reference_tokens", [0, 2])
+def test_clean_target_tokens_have_timestep_0(num_reference_tokens):
+    mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])[..., None]
+    timesteps = reference_timesteps(torch.tensor([900.0, 250.5]), num_reference_tokens, 3, mask)
+    reference = [0.0] * num_reference_tokens
+    assert timesteps.tolist() == [[*reference, 0.0, 900.0, 900.0], [*reference, 0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("num_reference_tokens", [0, 4])

@@ -38,6 +38,11 @@ class AttentionRules:
         mask_reference_from_text (`bool`):
             Reference tokens get the dtype's minimum added to all of their text logits, which makes them attend
             uniformly to all text tokens (method section 6: so were the released adapters trained).
+        audio_visibility (`torch.Tensor`, *optional*):
+            Boolean `[B, R + T, R + T]`: which keys each audio token sees in `audio_attn1`; `None` is all.
+        video_visibility (`torch.Tensor`, *optional*):
+            Boolean `[B, V, R + T]`: which audio tokens each video token sees; `None` is all. Not needed under
+            `mask_video_from_reference`.
     """
 
     layout: ReferenceLayout
@@ -46,6 +51,8 @@ class AttentionRules:
     stg_blocks: tuple[int, ...] = ()
     mask_video_from_reference: bool = False
     mask_reference_from_text: bool = False
+    audio_visibility: torch.Tensor | None = None
+    video_visibility: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,10 @@ class AttentionEdit:
         dropped_keys (`torch.Tensor`, *optional*):
             As many keys and values as it is long are dropped at the front. A tensor, because a compiled block would be
             compiled again for every other number.
-        mask (`torch.Tensor`, *optional*): Added to the logits, `[B, 1 or queries, keys]`.
+        copied_tokens (`torch.Tensor`, *optional*):
+            As many audio tokens at the end as it is long are a copy: a self-attention attends to them from themselves
+            alone, and from them to nothing else; a cross-attention drops them from its keys and values.
+        mask (`torch.Tensor`, *optional*): Added to the logits, `[B, 1 or queries, keys]`, without those of the copy.
         attend (`torch.Tensor`, *optional*): `[B, 1, 1]`, 0 on rows whose values pass through unattended.
         keep (`torch.Tensor`, *optional*): `[B, 1, 1]`, 0 on rows to which the module adds nothing.
         all_pass_values (`bool`): No row attends, so logits are not computed.
@@ -65,6 +75,7 @@ class AttentionEdit:
     """
 
     dropped_keys: torch.Tensor | None = None
+    copied_tokens: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     attend: torch.Tensor | None = None
     keep: torch.Tensor | None = None
@@ -105,16 +116,34 @@ class LTX2IDLoRAAttnProcessor(LTX2PerturbedAttnProcessor):
         if edit.all_left_out:
             return torch.zeros_like(hidden_states)
 
-        if edit.dropped_keys is not None:
-            first_key = edit.dropped_keys.shape[0]
-            encoder_hidden_states = encoder_hidden_states[:, first_key:]
-            key_rotary_emb = tuple(part[..., first_key:, :] for part in key_rotary_emb)
-        if edit.mask is not None:
-            attention_mask = self._add_mask(attention_mask, edit.mask, encoder_hidden_states)
         if edit.attend is not None or edit.all_pass_values:
             perturbation_mask, all_perturbed = edit.attend, edit.all_pass_values
         elif perturbation_mask is None:
             all_perturbed = False
+
+        # Numbers rather than `slice` objects, which would make a compiled block one of a fixed size.
+        num_copies = 0 if edit.copied_tokens is None else edit.copied_tokens.shape[0]
+        copies = None
+        if encoder_hidden_states is not None and (edit.dropped_keys is not None or edit.copied_tokens is not None):
+            first_key = 0 if edit.dropped_keys is None else edit.dropped_keys.shape[0]
+            end = encoder_hidden_states.shape[1] - num_copies
+            encoder_hidden_states = encoder_hidden_states[:, first_key:end].contiguous()
+            key_rotary_emb = _part(key_rotary_emb, first_key, end)
+        elif encoder_hidden_states is None and edit.copied_tokens is not None:
+            end = hidden_states.shape[1]
+            first_copy = end - num_copies
+            # Apart rather than under a mask: exact for all other tokens, and fused kernels keep working.
+            copies = super().__call__(
+                attn,
+                hidden_states[:, first_copy:end].contiguous(),
+                query_rotary_emb=_part(query_rotary_emb, first_copy, end),
+                perturbation_mask=perturbation_mask,
+                all_perturbed=all_perturbed,
+            )
+            hidden_states = hidden_states[:, :first_copy].contiguous()
+            query_rotary_emb = _part(query_rotary_emb, 0, first_copy)
+        if edit.mask is not None:
+            attention_mask = self._add_mask(attention_mask, edit.mask, encoder_hidden_states)
 
         output = super().__call__(
             attn,
@@ -126,6 +155,8 @@ class LTX2IDLoRAAttnProcessor(LTX2PerturbedAttnProcessor):
             perturbation_mask,
             all_perturbed,
         )
+        if copies is not None:
+            output = torch.cat([output, copies], dim=1)
         return output if edit.keep is None else output * edit.keep
 
     @staticmethod
@@ -137,6 +168,13 @@ class LTX2IDLoRAAttnProcessor(LTX2PerturbedAttnProcessor):
             return added if encoder_hidden_states is None else added.expand(-1, -1, encoder_hidden_states.shape[1])
         # In float16 the sum of two masks may pass the minimum, and a row of infinities would become NaN.
         return (attention_mask + added).clamp(min=torch.finfo(added.dtype).min)
+
+
+def _part(
+    rotary_emb: tuple[torch.Tensor, torch.Tensor] | None, start: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The rotary embedding of some of the tokens."""
+    return None if rotary_emb is None else tuple(part[..., start:end, :] for part in rotary_emb)
 
 
 @dataclass
@@ -205,7 +243,9 @@ class ReferenceAttention:
             for name, processor in processors.items():
                 processor.edit = edits.get(name, NO_EDIT)
                 if index in rules.stg_blocks and name in ("attn1", "audio_attn1"):
-                    processor.edit = replace(perturbation, mask=processor.edit.mask)
+                    processor.edit = replace(
+                        perturbation, mask=processor.edit.mask, copied_tokens=processor.edit.copied_tokens
+                    )
 
 
 def check_text_mask(dtype: torch.dtype) -> None:
@@ -218,10 +258,9 @@ def _edits(rules: AttentionRules, device: torch.device | str, dtype: torch.dtype
     """Each attention's edit by its name in the block, STG aside."""
     layout, minimum = rules.layout, torch.finfo(dtype).min
     num_rows, num_references = len(layout.lengths), layout.num_reference_tokens
-    padding_mask = keep = text_mask = None
-    if layout.has_padding:
-        padding_mask = torch.zeros(num_rows, 1, layout.num_tokens, device=device, dtype=dtype)
-        padding_mask.masked_fill_(layout.is_padding(device)[:, None], minimum)
+    keep = text_mask = copied = None
+    if layout.num_copy_tokens:
+        copied = torch.empty(layout.num_copy_tokens, 0, device=device)
     if any(rules.isolated) and not all(rules.isolated):
         keep = _rows_except(rules.isolated, device, dtype)
     cross_modal = AttentionEdit(keep=keep, all_left_out=bool(rules.isolated) and all(rules.isolated))
@@ -230,15 +269,31 @@ def _edits(rules: AttentionRules, device: torch.device | str, dtype: torch.dtype
         text_mask = torch.zeros(num_rows, layout.num_tokens, 1, device=device, dtype=dtype)
         text_mask[:, :num_references] = minimum
     if rules.mask_video_from_reference and num_references:
-        audio_to_video = replace(cross_modal, dropped_keys=torch.empty(num_references, 0, device=device))
+        dropped = torch.empty(num_references, 0, device=device)
+        audio_to_video = replace(cross_modal, dropped_keys=dropped, copied_tokens=copied)
     else:
-        audio_to_video = replace(cross_modal, mask=padding_mask)
+        mask = _key_mask(layout, rules.video_visibility, device, dtype)
+        audio_to_video = replace(cross_modal, mask=mask, copied_tokens=copied)
     return {
-        "audio_attn1": AttentionEdit(mask=padding_mask),
+        "audio_attn1": AttentionEdit(
+            mask=_key_mask(layout, rules.audio_visibility, device, dtype), copied_tokens=copied
+        ),
         "audio_attn2": AttentionEdit(mask=text_mask),
         "audio_to_video_attn": audio_to_video,
         "video_to_audio_attn": cross_modal,
     }
+
+
+def _key_mask(
+    layout: ReferenceLayout, visibility: torch.Tensor | None, device: torch.device | str, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """`[B, 1 or queries, R + T]`: the minimum at padding and at what is not visible; `None` if all is seen."""
+    if visibility is None and not layout.has_padding:
+        return None
+    hidden = layout.is_padding(device)[:, None, : layout.num_front_tokens]
+    if visibility is not None:
+        hidden = hidden | ~visibility.to(device)
+    return torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 def _perturbation(

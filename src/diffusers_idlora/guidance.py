@@ -4,7 +4,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,26 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
 }
+
+# What a window can be given for.
+GUIDANCE_TERMS = ("text", "identity", "stg", "modality")
+
+
+def steps_between(start: float, stop: float, num_inference_steps: int) -> range:
+    """The steps of a part of the denoising, from fractions of it; never empty."""
+    first = int(start * num_inference_steps)
+    return range(first, max(int(stop * num_inference_steps), first + 1))
+
+
+def check_fractions(start: float, stop: float, names: tuple[str, str] = ("start", "stop")) -> None:
+    """Raises a ValueError unless both are fractions of the steps and `start` is the smaller one."""
+    for name, value in zip(names, (start, stop)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"`{name}` is {value!r}; give a fraction of the steps between 0 and 1.")
+    if start >= stop:
+        raise ValueError(
+            f"`{names[0]}` ({start}) has to be smaller than `{names[1]}` ({stop}); 0.0 and 1.0 are all steps."
+        )
 
 
 @contextmanager
@@ -73,11 +93,7 @@ class IdentityGuidance(BaseGuidance):
         enabled: bool = True,
     ):
         check_scale("scale", scale)
-        for name, value in (("start", start), ("stop", stop)):
-            if not isinstance(value, numbers.Real) or not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` is {value!r}; give a fraction of the steps between 0 and 1.")
-        if start >= stop:
-            raise ValueError(f"`start` ({start}) has to be smaller than `stop` ({stop}); 0.0 and 1.0 are all steps.")
+        check_fractions(start, stop)
         if not callable(schedule) and schedule not in SCHEDULES:
             raise ValueError(f"`schedule` is {schedule!r}; give one of {', '.join(SCHEDULES)} or a function.")
         with _without_experimental_warning():
@@ -91,11 +107,10 @@ class IdentityGuidance(BaseGuidance):
             return 0.0
         if self._num_inference_steps is None:
             return self._scale_at(0.0)
-        first = int(self._start * self._num_inference_steps)
-        end = max(int(self._stop * self._num_inference_steps), first + 1)
-        if not first <= self._step < end:
+        steps = steps_between(self._start, self._stop, self._num_inference_steps)
+        if self._step not in steps:
             return 0.0
-        return self._scale_at((self._step - first) / (end - first))
+        return self._scale_at((self._step - steps.start) / len(steps))
 
     def _scale_at(self, progress: float) -> float:
         scale = self.config.scale * self._factor(progress)
@@ -158,6 +173,93 @@ def check_scale(name: str, value: float) -> None:
 
 
 @dataclass(frozen=True)
+class GuidanceWindow:
+    """
+    The steps at which a guidance term acts. At the others its extra pass is not run.
+
+    Attributes:
+        start (`float`, defaults to `0.0`): Fraction of the steps after which it begins.
+        stop (`float`, defaults to `1.0`): Fraction of the steps after which it ends; larger than `start`.
+        skip (`tuple[tuple[float, float], ...]`, defaults to `()`):
+            Intervals `(start, stop)` of the same fractions in which it pauses.
+        every (`int`, defaults to `1`): Only every so many-th step acts, counted from the window's first.
+
+    Example:
+        ```py
+        GuidanceWindow(start=0.1, stop=0.9, skip=((0.4, 0.5),), every=2)
+        ```
+    """
+
+    start: float = 0.0
+    stop: float = 1.0
+    skip: tuple[tuple[float, float], ...] = ()
+    every: int = 1
+
+    def __post_init__(self):
+        check_fractions(self.start, self.stop)
+        if not isinstance(self.skip, (list, tuple)) or not all(map(_is_pair, self.skip)):
+            raise ValueError(f"`skip` is {self.skip!r}; give pairs of a start and a stop, as in `((0.4, 0.5),)`.")
+        for index, interval in enumerate(self.skip):
+            check_fractions(*interval, names=(f"skip[{index}][0]", f"skip[{index}][1]"))
+        if isinstance(self.every, bool) or not isinstance(self.every, numbers.Integral) or self.every < 1:
+            raise ValueError(f"`every` is {self.every!r}; give a whole number of at least 1.")
+        object.__setattr__(self, "skip", tuple(tuple(interval) for interval in self.skip))
+
+    def includes(self, step: int, num_inference_steps: int) -> bool:
+        """
+        Whether the term acts at a step. A window and a skipped interval are at least one step long each.
+
+        Args:
+            step (`int`): The step, from 0.
+            num_inference_steps (`int`): How many there are.
+        """
+        steps = steps_between(self.start, self.stop, num_inference_steps)
+        if step not in steps or (step - steps.start) % self.every:
+            return False
+        return not any(step in steps_between(*interval, num_inference_steps) for interval in self.skip)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2
+
+
+def check_windows(
+    windows: Mapping[str, GuidanceWindow | tuple[float, float]] | None,
+) -> dict[str, GuidanceWindow]:
+    """
+    The windows of a call, each as a [`GuidanceWindow`].
+
+    Args:
+        windows (`Mapping[str, GuidanceWindow | tuple[float, float]]`, *optional*):
+            By the names in `GUIDANCE_TERMS`; a pair is a start and a stop. A term left out acts at every step.
+
+    Raises:
+        ValueError: An unknown term, or what can't be a window.
+    """
+    if windows is None:
+        return {}
+    if not isinstance(windows, Mapping):
+        raise ValueError(
+            f"`guidance_windows` is {windows!r}; give a dictionary from {', '.join(GUIDANCE_TERMS)} to windows."
+        )
+    checked = {}
+    for name, window in windows.items():
+        if name not in GUIDANCE_TERMS:
+            raise ValueError(f"`guidance_windows` has {name!r}; its terms are {', '.join(GUIDANCE_TERMS)}.")
+        if not isinstance(window, GuidanceWindow):
+            if not _is_pair(window):
+                raise ValueError(
+                    f"`guidance_windows[{name!r}]` is {window!r}; give a `GuidanceWindow` or a pair (start, stop)."
+                )
+            try:
+                window = GuidanceWindow(*window)
+            except ValueError as error:
+                raise ValueError(f"`guidance_windows[{name!r}]` is {window!r}, where {error}") from None
+        checked[name] = window
+    return checked
+
+
+@dataclass(frozen=True)
 class GuidancePass:
     """
     One way to run the transformer in a step.
@@ -213,6 +315,7 @@ class GuidanceScales:
         audio_modality_scale (`float`, *optional*): On audio; `modality_scale`.
         guidance_rescale (`float`, defaults to `0.0`): Rescaling on video.
         audio_guidance_rescale (`float`, *optional*): On audio; `guidance_rescale`.
+        cfg_star (`bool`, defaults to `False`): CFG-star for text guidance, see [`GuidancePlan`].
     """
 
     guidance_scale: float = 3.0
@@ -223,11 +326,14 @@ class GuidanceScales:
     audio_modality_scale: float | None = None
     guidance_rescale: float = 0.0
     audio_guidance_rescale: float | None = None
+    cfg_star: bool = False
 
     def __post_init__(self):
+        if not isinstance(self.cfg_star, bool):
+            raise ValueError(f"`cfg_star` is {self.cfg_star!r}; give `True` or `False`.")
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is not None or item.default is not None:
+            if item.name != "cfg_star" and (value is not None or item.default is not None):
                 check_scale(item.name, value)
         text_default = RECIPE_AUDIO_GUIDANCE_SCALE if self.guidance_scale > 1 else self.guidance_scale
         for name, default in (
@@ -249,6 +355,27 @@ class GuidanceScales:
         """Whether a perturbed pass is needed."""
         return self.stg_scale != 0 or self.audio_stg_scale != 0
 
+    def within(self, windows: Mapping[str, GuidanceWindow], step: int, num_inference_steps: int) -> "GuidanceScales":
+        """
+        The scales for one step: those of terms whose window excludes it are off, on both modalities.
+
+        Args:
+            windows (`Mapping[str, GuidanceWindow]`):
+                As [`check_windows`] gives them. That of `"identity"` is not looked at: its scale is not here.
+            step (`int`): The step, from 0.
+            num_inference_steps (`int`): How many there are.
+        """
+        off = {
+            "text": {"guidance_scale": 1.0, "audio_guidance_scale": 1.0},
+            "stg": {"stg_scale": 0.0, "audio_stg_scale": 0.0},
+            "modality": {"modality_scale": 1.0, "audio_modality_scale": 1.0},
+        }
+        scales = self
+        for name, neutral in off.items():
+            if name in windows and not windows[name].includes(step, num_inference_steps):
+                scales = replace(scales, **neutral)
+        return scales
+
 
 @dataclass(frozen=True)
 class GuidancePlan:
@@ -259,11 +386,15 @@ class GuidancePlan:
         terms (`tuple[GuidanceTerm, ...]`): What is added to it.
         rescale (`float`, defaults to `0.0`), audio_rescale (`float`, defaults to `0.0`):
             How far the deviation of the sum is brought back to that of the conditional prediction.
+        cfg_star (`bool`, defaults to `False`):
+            CFG-star ([arXiv 2503.18886](https://huggingface.co/papers/2503.18886)): the negative prediction of each
+            sample and modality is scaled by `<c, n> / <n, n>` before its term is formed.
     """
 
     terms: tuple[GuidanceTerm, ...]
     rescale: float = 0.0
     audio_rescale: float = 0.0
+    cfg_star: bool = False
 
     @classmethod
     def from_scales(cls, scales: "GuidanceScales", identity_guidance_scale: float = 0.0) -> "GuidancePlan":
@@ -281,7 +412,10 @@ class GuidancePlan:
             GuidanceTerm(ISOLATED, scales.modality_scale - 1, scales.audio_modality_scale - 1),
         )
         return cls(
-            tuple(term for term in terms if term.is_active), scales.guidance_rescale, scales.audio_guidance_rescale
+            tuple(term for term in terms if term.is_active),
+            scales.guidance_rescale,
+            scales.audio_guidance_rescale,
+            scales.cfg_star,
         )
 
     @property
@@ -304,6 +438,9 @@ class GuidancePlan:
         guided_video, guided_audio = video, audio
         for term in self.terms:
             contrast_video, contrast_audio = predictions[term.contrast]
+            if self.cfg_star and term.contrast == NEGATIVE:
+                contrast_video = scaled_towards(video, contrast_video)
+                contrast_audio = scaled_towards(audio, contrast_audio)
             if term.video_weight != 0:
                 guided_video = guided_video + term.video_weight * (video - contrast_video)
             if term.audio_weight != 0:
@@ -313,3 +450,20 @@ class GuidancePlan:
         if self.audio_rescale > 0:
             guided_audio = rescale_noise_cfg(guided_audio, audio, self.audio_rescale)
         return guided_video, guided_audio
+
+
+def scaled_towards(conditional: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """
+    The multiple of each sample's negative prediction that is nearest to the conditional one: CFG-star.
+
+    Args:
+        conditional (`torch.Tensor`): `[B, ...]`.
+        negative (`torch.Tensor`): `[B, ...]`, of the same shape.
+
+    Returns:
+        `torch.Tensor`: `<c, n> / <n, n> n` of each sample; 0 where `negative` is 0.
+    """
+    dims = tuple(range(1, negative.ndim))
+    product = (conditional * negative).sum(dims, keepdim=True)
+    square = negative.square().sum(dims, keepdim=True)
+    return product / square.clamp(min=torch.finfo(square.dtype).tiny) * negative

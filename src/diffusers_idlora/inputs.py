@@ -2,7 +2,9 @@
 
 import math
 import numbers
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
 from .audio import read_reference, warn_reference_seconds
+from .continuation import EarlierClip, read_earlier_clip
 from .denoising import TextContext
 from .guidance import IdentityGuidance, check_scale
 from .media import load_image
@@ -19,6 +22,22 @@ from .prompt import IDLoRAPrompt, prompt_text
 
 # One clip of the voice: a waveform `[channels, samples]` and its sampling rate in Hz.
 Clip = tuple[torch.Tensor, int]
+
+
+@dataclass(frozen=True)
+class SpeakerTurn:
+    """
+    Somebody's turn to speak in a clip of several voices. Experimental: the released adapters were trained on one.
+
+    Attributes:
+        reference_audio: The voice: what `reference_audio` of the pipeline takes for one clip. Turns of one speaker
+            name the same file or object.
+        start (`float`), end (`float`): In seconds of the clip. Turns must not overlap.
+    """
+
+    reference_audio: Any
+    start: float
+    end: float
 
 
 def per_prompt(name: str, value: Any, num_prompts: int) -> list:
@@ -94,6 +113,58 @@ def _read_clips(source: Any, sampling_rate: int | None) -> list[Clip]:
     clips = [read_reference(item, sampling_rate) for item in sources]
     warn_reference_seconds(sum(waveform.shape[1] / rate for waveform, rate in clips))
     return clips
+
+
+def read_speakers(
+    speakers: "list[SpeakerTurn] | list[list[SpeakerTurn]] | None", num_prompts: int
+) -> list[list[tuple[Clip, float, float]]]:
+    """
+    The turns of each prompt as voice, start and end in seconds, in order of time; the voice of the same recording is
+    the same object. No rows where there are no speakers.
+
+    Raises:
+        ValueError: If turns overlap or do not last, or for what [`read_reference`] refuses.
+    """
+    if speakers is None:
+        return []
+    if not isinstance(speakers, list) or not speakers:
+        raise ValueError(f"`speakers` is {speakers!r}; give a list of `SpeakerTurn`s, or one such list per prompt.")
+    rows = per_prompt("speakers", speakers, num_prompts) if isinstance(speakers[0], list) else [speakers] * num_prompts
+    voices = {}
+    return [_read_turns(row, voices) for row in rows]
+
+
+def _read_turns(row: list[SpeakerTurn], voices: dict[Any, Clip]) -> list[tuple[Clip, float, float]]:
+    if not row or not all(isinstance(turn, SpeakerTurn) for turn in row):
+        raise ValueError(f"`speakers` holds {row!r}; give `SpeakerTurn`s.")
+    turns, last_end = [], 0.0
+    for turn in sorted(row, key=lambda turn: turn.start):
+        check_scale("start", turn.start)
+        check_positive("end", turn.end)
+        if not last_end <= turn.start < turn.end:
+            raise ValueError(
+                f"`speakers` has a turn from {turn.start} to {turn.end} s where the one before ends at {last_end} s;"
+                " give turns that follow each other."
+            )
+        last_end, source = turn.end, turn.reference_audio
+        key = str(source) if isinstance(source, (str, os.PathLike)) else id(source)
+        if key not in voices:
+            voices[key] = read_reference(source)
+        turns.append((voices[key], turn.start, turn.end))
+    return turns
+
+
+def read_earlier_clips(
+    continue_from: Any, num_prompts: int, frame_rate: float, sampling_rate: int
+) -> list[EarlierClip]:
+    """The clip of each prompt that goes on, or no clips; see [`read_earlier_clip`] for what is refused."""
+    if continue_from is None:
+        return []
+    check_positive("frame_rate", frame_rate)
+    if not isinstance(continue_from, list):
+        return [read_earlier_clip(continue_from, frame_rate, sampling_rate)] * num_prompts
+    rows = per_prompt("continue_from", continue_from, num_prompts)
+    return [read_earlier_clip(row, frame_rate, sampling_rate) for row in rows]
 
 
 def split_latents(
@@ -207,7 +278,7 @@ def check_condition_indices(
             )
 
 
-def check_sigmas(sigmas: Sequence[float]) -> list[float]:
+def check_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> list[float]:
     """
     The noise levels without a last 0 (every scheduler ends there by itself).
 
@@ -217,12 +288,12 @@ def check_sigmas(sigmas: Sequence[float]) -> list[float]:
     try:
         values = [float(sigma) for sigma in sigmas]
     except (TypeError, ValueError):
-        raise ValueError(f"`sigmas` is {sigmas!r}; give a list of numbers that fall from at most 1.") from None
+        raise ValueError(f"`{name}` is {sigmas!r}; give a list of numbers that fall from at most 1.") from None
     if values and values[-1] == 0.0:
         values = values[:-1]
     falling = all(first > second for first, second in zip(values, values[1:]))
     if not values or not falling or not all(0.0 < value <= 1.0 for value in values):
-        raise ValueError(f"`sigmas` is {list(sigmas)}; give noise levels that fall from at most 1 to above 0.")
+        raise ValueError(f"`{name}` is {list(sigmas)}; give noise levels that fall from at most 1 to above 0.")
     return values
 
 

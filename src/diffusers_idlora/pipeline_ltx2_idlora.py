@@ -1,7 +1,8 @@
 """The pipeline: a prompt, a face and a voice to one talking video."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -12,32 +13,33 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_output import LTX2PipelineOutput
 from diffusers.pipelines.ltx2.utils import conditioning_frame_rate
-from diffusers.utils import logging
 
 from .attention_processor import ReferenceAttention, is_first_generation
 from .denoising import Denoiser, TextContext
-from .guidance import GuidancePlan, GuidanceScales, IdentityGuidance
+from .guidance import GuidancePlan, GuidanceScales, GuidanceWindow, IdentityGuidance, check_windows
 from .inputs import (
+    SpeakerTurn,
     check_given_once,
     check_sigmas,
     count_prompts,
     identity_guider,
     read_conditions,
+    read_earlier_clips,
     read_images,
     read_negative_prompts,
     read_prompts,
     read_references,
+    read_speakers,
     split_latents,
 )
-from .lora import AdapterInfo, check_adapter, load_adapter, lora_config
-from .pipeline_steps import LTX2IDLoRASteps
+from .parallel import guidance_group
+from .pipeline_lora import IDLoRALoaderMixin
+from .pipeline_steps import LTX2IDLoRASteps, denoising_step
 from .prompt import IDLoRAPrompt
+from .recipes import SHIFT_TOKENS
 
 
-logger = logging.get_logger(__name__)
-
-
-class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
+class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
     r"""
     Talking video of a given person from a text prompt, one image of the face and about five seconds of the voice, with
     LTX-2 or LTX-2.3 and an ID-LoRA ([arXiv 2603.10256](https://huggingface.co/papers/2603.10256)).
@@ -69,6 +71,9 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         *,
         reference_audio_sampling_rate: int | None = None,
         reference_latents: torch.Tensor | list[torch.Tensor | None] | None = None,
+        speakers: list[SpeakerTurn] | list[list[SpeakerTurn]] | None = None,
+        continue_from: Any = None,
+        lead_in: float = 0.0,
         image_latents: torch.Tensor | None = None,
         conditions: LTX2VideoCondition | list[LTX2VideoCondition] | None = None,
         height: int | None = None,
@@ -80,10 +85,14 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         motion_speed: float = 1.0,
         num_inference_steps: int = 30,
         sigmas: Sequence[float] | None = None,
+        sampler: str | None = None,
+        sigma_shift_tokens: int | None = SHIFT_TOKENS,
         guidance_scale: float = 3.0,
         audio_guidance_scale: float | None = None,
+        cfg_star: bool = False,
         identity_guidance_scale: float | None = None,
         identity_guidance: IdentityGuidance | None = None,
+        identity_guidance_mode: str = "exact",
         stg_scale: float = 1.0,
         audio_stg_scale: float | None = None,
         spatio_temporal_guidance_blocks: list[int] | None = None,
@@ -91,7 +100,9 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         audio_modality_scale: float | None = None,
         guidance_rescale: float = 0.0,
         audio_guidance_rescale: float | None = None,
+        guidance_windows: Mapping[str, GuidanceWindow | tuple[float, float]] | None = None,
         guidance_batching: str | int = "sequential",
+        guidance_parallel: bool = False,
         use_cross_timestep: bool | None = None,
         mask_video_from_reference: bool = False,
         mask_reference_from_text: bool = False,
@@ -101,6 +112,7 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         audio_latents: torch.Tensor | None = None,
+        freeze_audio: bool = False,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -137,6 +149,15 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             reference_latents (`torch.Tensor` or `list[torch.Tensor | None]`, *optional*):
                 Instead of `reference_audio`: un-normalised audio latents `[B or 1, C, L, M]`, or one `[1, C, L, M]`
                 per prompt, as [`~LTX2IDLoRAPipeline.encode_reference_audio`] gives them.
+            speakers (`list[SpeakerTurn]`, or a list of one such list per prompt, *optional*):
+                Experimental: several voices by turns, instead of `reference_audio`. See [`SpeakerTurn`].
+            continue_from (path, `(frames, audio)`, or a list of one per prompt, *optional*):
+                An earlier clip that goes on, instead of `image`: about its last second, picture and sound, is given
+                clean. The result begins with its last frame; [`join_clips`] puts both together. See
+                [`read_earlier_clip`].
+            lead_in (`float`, defaults to `0.0`):
+                Seconds that are generated before the clip and trimmed from picture and sound, rounded up to whole
+                latent frames (0.32 s at 25 frames per second).
             image_latents (`torch.Tensor`, *optional*):
                 Instead of `image`: un-normalised video latents of the first frame, `[B or 1, C, 1, h, w]`.
             conditions (`LTX2VideoCondition` or a list of these, *optional*):
@@ -157,15 +178,24 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
                 Denoising steps. Ignored with `sigmas`.
             sigmas (`Sequence[float]`, *optional*):
                 The noise levels, used exactly as given (never shifted again), falling; a last 0 may be there or not.
+            sampler (`str`, *optional*):
+                `"euler"`, or `"res_2s"` with two predictions per step. Left out: what `pipe.scheduler` is.
+            sigma_shift_tokens (`int`, *optional*, defaults to `4096`):
+                Video tokens that the schedule is shifted for; `None` is their real number.
             guidance_scale (`float`, defaults to `3.0`):
                 Text guidance on video; 1 is off.
             audio_guidance_scale (`float`, *optional*):
                 Text guidance on audio; 1 is off. Left out: 7.0, or `guidance_scale` where that is 1 or less.
+            cfg_star (`bool`, defaults to `False`):
+                Whether the negative prediction is first scaled to the prompt's (method section 5).
             identity_guidance_scale (`float`, *optional*):
                 How strongly the reference's voice is amplified; 0 is off. Left out: what the active adapter's metadata
                 recommend, or 3.0.
             identity_guidance ([`IdentityGuidance`], *optional*):
                 Instead of `identity_guidance_scale`: a schedule over the steps.
+            identity_guidance_mode (`str`, defaults to `"exact"`):
+                `"exact"` runs a pass without the reference. `"shared"` takes that prediction from a copy of the target
+                audio in the pass with the reference: nearly free and approximate, see `docs/performance.md`.
             stg_scale (`float`, defaults to `1.0`):
                 Spatio-temporal guidance on video; 0 is off. It has the meaning that fits the model's generation.
             audio_stg_scale (`float`, *optional*):
@@ -178,9 +208,15 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
                 The same on audio. Left out: `modality_scale`.
             guidance_rescale (`float`, defaults to `0.0`), audio_guidance_rescale (`float`, *optional*):
                 Rescaling of the guided prediction's deviation, see [`LTX2ConditionPipeline`].
+            guidance_windows (`Mapping[str, GuidanceWindow | tuple[float, float]]`, *optional*):
+                Fractions of the steps between which `"text"`, `"identity"`, `"stg"` and `"modality"` guidance act.
             guidance_batching (`str` or `int`, defaults to `"sequential"`):
                 `"sequential"` runs the passes of a step one by one, `"packed"` all in one forward, a number that many
-                at a time. The results agree; packing needs more memory.
+                at a time; `"auto"` packs where weights are offloaded or rows are small, and packs less when memory
+                runs out. The results agree; packing needs more memory.
+            guidance_parallel (`bool`, defaults to `False`):
+                Whether the passes of a step are shared among the processes of `torch.distributed`, which all make the
+                same call and get the same result.
             use_cross_timestep (`bool`, *optional*):
                 Left out: right for the model's generation (method section 3).
             mask_video_from_reference, mask_reference_from_text (`bool`, defaults to `False`):
@@ -198,6 +234,8 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
                 Un-normalised video latents `[videos, C, F, h, w]` to start from; with `noise_scale=0.0` as they are.
             audio_latents (`torch.Tensor`, *optional*):
                 Un-normalised audio latents `[videos, C, L, M]` to start from.
+            freeze_audio (`bool`, defaults to `False`):
+                Whether `audio_latents` are the finished sound that the picture is made for (method section 5).
             prompt_embeds, prompt_attention_mask (`torch.Tensor`, *optional*), and both with `negative_`:
                 Outputs of [`~LTX2ConditionPipeline.encode_prompt`] instead of the texts.
             text_context ([`TextContext`], *optional*), negative_text_context ([`TextContext`], *optional*):
@@ -206,7 +244,8 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             decode_timestep (`float` or `list[float]`, defaults to `0.0`), decode_noise_scale (*optional*):
                 For video VAEs with timestep conditioning.
             output_type (`str`, defaults to `"pil"`):
-                `"pil"`, `"np"`, `"pt"`, or `"latent"` for un-normalised latents of both modalities.
+                `"pil"`, `"np"`, `"pt"`, or `"latent"` for un-normalised latents of both modalities, from which nothing
+                is trimmed.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`LTX2PipelineOutput`] rather than a tuple.
             attention_kwargs (`dict`, *optional*):
@@ -241,7 +280,9 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             audio_modality_scale=audio_modality_scale,
             guidance_rescale=guidance_rescale,
             audio_guidance_rescale=audio_guidance_rescale,
+            cfg_star=cfg_star,
         )
+        windows = check_windows(guidance_windows)
         guider = identity_guider(identity_guidance_scale, identity_guidance, self.recommended_identity_guidance_scale)
         prompts = read_prompts(prompt)
         num_prompts = count_prompts(prompts, prompt_embeds, text_context)
@@ -249,11 +290,16 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         sigmas = None if sigmas is None else check_sigmas(sigmas)
         stg_blocks = self.default_stg_blocks(spatio_temporal_guidance_blocks, scales)
         conditions = read_conditions(conditions)
-        check_given_once(image=image, image_latents=image_latents)
-        check_given_once(reference_audio=reference_audio, reference_latents=reference_latents)
+        beginnings = {"image": image, "image_latents": image_latents, "continue_from": continue_from}
+        check_given_once(**beginnings)
+        check_given_once(reference_audio=reference_audio, reference_latents=reference_latents, speakers=speakers)
         images = read_images(image, num_prompts)
         clips = read_references(reference_audio, reference_audio_sampling_rate, num_prompts)
-        height, width, num_frames = self.default_size(height, width, num_frames, images, latents)
+        turns = read_speakers(speakers, num_prompts)
+        earlier_clips = read_earlier_clips(continue_from, num_prompts, frame_rate, self.output_sampling_rate)
+        num_context_frames, num_trimmed_frames = self.trimmed_frames(earlier_clips, lead_in, frame_rate)
+        height, width, num_frames = self.default_size(height, width, num_frames, images, earlier_clips, latents)
+        num_frames = self.generated_frames(num_frames, num_trimmed_frames, latents)
         self.check_inputs(
             prompts,
             height,
@@ -272,14 +318,18 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             negative_text_context=negative_text_context,
             uses_text_guidance=scales.uses_text_guidance,
             conditions=conditions,
-            first_frame="image" if image is not None else "image_latents" if image_latents is not None else None,
+            first_frame=next((name for name, value in beginnings.items() if value is not None), None),
             mask_reference_from_text=mask_reference_from_text,
-            clips=clips,
+            clips=clips + [[clip for clip, *_ in row] for row in turns],
             image_crf=image_crf,
             frame_rate=frame_rate,
             motion_speed=motion_speed,
             num_inference_steps=num_inference_steps,
             sigmas=sigmas,
+            sampler=sampler,
+            sigma_shift_tokens=sigma_shift_tokens,
+            freeze_audio=freeze_audio,
+            identity_guidance_mode=identity_guidance_mode,
             noise_scale=noise_scale,
             num_videos_per_prompt=num_videos_per_prompt,
             max_sequence_length=max_sequence_length,
@@ -297,12 +347,13 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         )
         references = split_latents("reference_latents", reference_latents, num_prompts, self._audio_latent_shape())
 
+        group = guidance_group(self.transformer) if guidance_parallel else None
+
         self._keep_scales(scales)
         self._attention_kwargs = attention_kwargs
         self._interrupt = False
         self._current_timestep = None
         device = self._execution_device
-        num_rows = num_prompts * num_videos_per_prompt
         position_frame_rate = conditioning_frame_rate(frame_rate, motion_speed)
 
         # 2. Read the prompts: text encoder and connectors, once for all of them
@@ -324,19 +375,33 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
                 min_seconds=min_seconds,
                 max_seconds=max_seconds,
             )
+            num_frames += num_trimmed_frames
+        self._text_contexts = (text_context, negative_text_context)
         dtype = self.transformer.dtype
         context = text_context.to(device, dtype).repeat_rows(num_videos_per_prompt)
         negative_context = None
         if negative_text_context is not None:
             negative_context = negative_text_context.to(device, dtype).repeat_rows(num_videos_per_prompt)
 
-        # 3. Encode the voices and the faces
-        voices = self.prepare_references(clips, references)
+        # 3. Encode the voices, the faces, and the clips that go on
+        num_audio_tokens = (
+            self.audio_length(num_frames, frame_rate) if audio_latents is None else audio_latents.shape[2]
+        )
+        if speakers is None:
+            voices = self.prepare_references(clips, references)
+        else:
+            voices = self.prepare_speakers(turns, num_trimmed_frames / frame_rate, num_audio_tokens)
         voices = None if voices is None else voices.repeat_rows(num_videos_per_prompt)
         # A face given once for all prompts is one object, and is encoded once.
         faces = {id(face): face for face in images if face is not None}
         faces = {key: self.encode_image(face, height, width, image_crf) for key, face in faces.items()}
         first_frames = [faces.get(id(face), latents_of_it) for face, latents_of_it in zip(images, first_frames)]
+        first_sounds = [None] * num_prompts
+        if earlier_clips:
+            first_frames = [
+                self.encode_image(clip.last_frames(num_context_frames), height, width) for clip in earlier_clips
+            ]
+            first_sounds = [self.encode_earlier_sound(clip, num_context_frames, frame_rate) for clip in earlier_clips]
 
         # 4. Prepare latents
         noise_scale = (sigmas[0] if sigmas is not None else 1.0) if noise_scale is None else noise_scale
@@ -351,25 +416,22 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             generator,
             latents,
         )
-        audio_num_frames = (
-            self.audio_length(num_frames, frame_rate) if audio_latents is None else audio_latents.shape[2]
+        audio_latents, audio_conditioning_mask, clean_audio_latents, audio_positions = self.prepare_audio_tokens(
+            [sound for sound in first_sounds for _ in range(num_videos_per_prompt)],
+            num_audio_tokens,
+            freeze_audio,
+            noise_scale,
+            generator,
+            audio_latents,
         )
-        audio_latents = self.prepare_audio_latents(
-            num_rows,
-            num_channels_latents=self.audio_latent_channels,
-            audio_latent_length=audio_num_frames,
-            num_mel_bins=self.audio_mel_bins,
-            noise_scale=noise_scale,
-            dtype=torch.float32,
-            device=device,
-            generator=generator,
-            latents=None if audio_latents is None else audio_latents.to(device, torch.float32),
-        )
-        audio_positions = self.transformer.audio_rope.prepare_audio_coords(num_rows, audio_num_frames, device)
+        if group is not None:
+            latents, audio_latents = group.same_everywhere(latents), group.same_everywhere(audio_latents)
 
         # 5. Prepare the noise levels
-        # Of its own, so that a call within a callback does not disturb it.
-        scheduler = copy.deepcopy(self.prepare_scheduler(num_inference_steps, sigmas, device))
+        num_video_tokens = math.prod(self._latent_size(height, width, num_frames))
+        scheduler = self.prepare_scheduler(
+            num_inference_steps, sigmas, device, sigma_shift_tokens or num_video_tokens, sampler
+        )
         # A scheduler counts its own steps, so each modality has one.
         audio_scheduler = copy.deepcopy(scheduler)
         timesteps = scheduler.timesteps
@@ -390,6 +452,8 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
                 video_positions=video_positions,
                 audio_positions=audio_positions,
                 conditioning_mask=conditioning_mask,
+                # Without clean sound the mask would be nothing but zeros.
+                audio_conditioning_mask=audio_conditioning_mask if audio_conditioning_mask.any() else None,
                 use_cross_timestep=(
                     not is_first_generation(self.transformer) if use_cross_timestep is None else use_cross_timestep
                 ),
@@ -397,28 +461,44 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
                 mask_video_from_reference=mask_video_from_reference,
                 mask_reference_from_text=mask_reference_from_text,
                 attention_kwargs=attention_kwargs,
-                passes_per_forward={"sequential": 1, "packed": None}.get(guidance_batching, guidance_batching),
+                identity_guidance_mode=identity_guidance_mode,
+                passes_per_forward=self.pass_packing(guidance_batching, latents, audio_latents),
+                parallel=group,
             )
-            plan = None
+            plan, window = None, windows.get("identity", GuidanceWindow())
+            # A sampler of second order predicts twice in a step.
+            num_steps = math.ceil(len(timesteps) / scheduler.order)
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
-                scales = self._current_scales(negative_context)
-                earlier, plan = plan, GuidancePlan.from_scales(scales, 0.0 if voices is None else guider.scale)
+                step = i // scheduler.order
+                guider.set_state(step=step, num_inference_steps=num_steps, timestep=t)
+                scales = self._current_scales(negative_context).within(windows, step, num_steps)
+                follows_voice = voices is not None and window.includes(step, num_steps)
+                earlier, plan = plan, GuidancePlan.from_scales(scales, guider.scale if follows_voice else 0.0)
                 if earlier is not None and earlier.passes != plan.passes and self.transformer.is_cache_enabled:
                     # A pass that begins again would go on from what it had cached before the gap.
                     self.transformer._reset_stateful_cache()
                 sigma = scheduler.sigmas[i].to(device)
                 video_x0, audio_x0 = denoiser.predict(plan, latents, audio_latents, sigma, t)
 
-                # Clean tokens are put back in x0 space, before the step.
-                video_x0 = video_x0 * (1 - conditioning_mask) + clean_latents * conditioning_mask
-                latents = scheduler.step((latents - video_x0) / sigma, t, latents, return_dict=False)[0]
-                audio_latents = audio_scheduler.step(
-                    (audio_latents - audio_x0) / sigma, t, audio_latents, return_dict=False
-                )[0]
+                latents = denoising_step(
+                    scheduler, video_x0, latents, clean_latents, conditioning_mask, sigma, t, generator
+                )
+                audio_latents = denoising_step(
+                    audio_scheduler,
+                    audio_x0,
+                    audio_latents,
+                    clean_audio_latents,
+                    audio_conditioning_mask,
+                    sigma,
+                    t,
+                    generator,
+                )
+                if group is not None:
+                    # A sampler may have added noise that the processes drew on their own.
+                    latents, audio_latents = group.same_everywhere(latents), group.same_everywhere(audio_latents)
 
                 if callback_on_step_end is not None:
                     tensors = {
@@ -445,6 +525,8 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
             generator=generator,
             decode_timestep=decode_timestep,
             decode_noise_scale=decode_noise_scale,
+            first_frame=num_trimmed_frames,
+            frame_rate=frame_rate,
         )
         self.maybe_free_model_hooks()
         if not return_dict:
@@ -471,67 +553,6 @@ class LTX2IDLoRAPipeline(LTX2IDLoRASteps):
         # Callbacks read these through the properties of `LTX2ConditionPipeline`.
         for item in fields(scales):
             setattr(self, f"_{item.name}", getattr(scales, item.name))
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: Any,
-        adapter_name: str | None = None,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Loads an adapter, in the released key format or in diffusers' own, from safetensors only.
-
-        Args:
-            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
-                A safetensors file, a folder, a Hub repository, or the tensors themselves.
-            adapter_name (`str`, *optional*): What `set_adapters` will call it.
-            hotswap (`bool`, defaults to `False`): Replace the weights of the adapter of that name in place.
-            kwargs: Where to look, as in [`find_adapter_file`], and `low_cpu_mem_usage`.
-
-        Raises:
-            ValueError: If it is not a safetensors file, fits no module, or was made for the other model generation;
-                diffusers would load nothing then and only log it.
-        """
-        loading = {name: kwargs.pop(name) for name in ("low_cpu_mem_usage",) if name in kwargs}
-        state_dict, metadata = load_adapter(pretrained_model_name_or_path_or_dict, **kwargs)
-        info = check_adapter(state_dict, metadata, self.transformer)
-        self._warn_of_other_base(info)
-        super().load_lora_weights(state_dict, adapter_name, hotswap, lora_config=lora_config(metadata), **loading)
-        self._adapters[adapter_name or self.get_active_adapters()[-1]] = info
-
-    def _warn_of_other_base(self, info: AdapterInfo) -> None:
-        """Only where both are named as Hub repositories: a folder may have any name."""
-        mine = str(self.config.get("_name_or_path") or "")
-        if info.base_model and mine.count("/") == info.base_model.count("/") == 1 and mine != info.base_model:
-            logger.warning(f"This adapter was made for {info.base_model}, and is loaded into {mine}.")
-
-    @property
-    def _adapters(self) -> dict[str, AdapterInfo]:
-        # Kept with the transformer's pipeline only for its recommendations, so never saved.
-        return self.__dict__.setdefault("_adapter_infos", {})
-
-    @property
-    def recommended_identity_guidance_scale(self) -> float | None:
-        """The scale that the active adapters' own metadata recommend, the last one's if several do."""
-        if not self._adapters:
-            return None
-        recommended = None
-        for name in self.get_active_adapters():
-            if name in self._adapters:
-                block = self._adapters[name].metadata.get("recommended", {})
-                recommended = block.get("identity_guidance_scale", recommended)
-        return recommended
-
-    @classmethod
-    def lora_state_dict(
-        cls, pretrained_model_name_or_path_or_dict: Any, *, lora_config: dict | None = None, **kwargs: Any
-    ) -> Any:
-        """As [`LTX2LoraLoaderMixin.lora_state_dict`]; `lora_config` is the configuration of weights in a dict."""
-        output = super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        if lora_config is None or not kwargs.get("return_lora_metadata"):
-            return output
-        return output[0], lora_config
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "LTX2IDLoRAPipeline":

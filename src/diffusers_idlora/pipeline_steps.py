@@ -1,5 +1,6 @@
-"""The steps of a call: checking, reading prompt, voice and face, preparing latents and noise levels, decoding."""
+"""The steps of a call: reading prompt, voice and face, preparing latents and noise levels, decoding."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,227 +8,33 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LTX2ConditionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import (
     LTX2VideoCondition,
     calculate_shift,
     retrieve_latents,
-    retrieve_timesteps,
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from .attention_processor import check_text_mask
-from .audio import check_resampling, log_mel_spectrogram, read_reference
-from .denoising import TextContext
-from .guidance import GuidanceScales, check_scale
-from .inputs import (
-    Clip,
-    check_choice,
-    check_condition_indices,
-    check_count,
-    check_frames,
-    check_latents,
-    check_positive,
-)
-from .media import fit_size
-from .reference import ReferenceBatch, pack_reference_latents
+from .audio import log_mel_spectrogram, read_reference
+from .continuation import EarlierClip
+from .denoising import PassPacking, TextContext, auto_passes_per_forward
+from .inputs import Clip
+from .pipeline_checks import LTX2IDLoRAChecks
+from .recipes import SHIFT_TOKENS
+from .reference import ReferenceBatch, Turn, pack_reference_latents
+from .schedulers import LTX2Res2sScheduler
 
 
-# The released recipes shift their sigmas as if for this many video tokens, whatever the size (method section 4).
-FIXED_SHIFT_TOKENS = 4096
-RECIPE_STG_BLOCK = 29
-RECIPE_NUM_FRAMES = 121
+MOST_PASSES = 5
+SAMPLERS = {"euler": FlowMatchEulerDiscreteScheduler, "res_2s": LTX2Res2sScheduler}
 
 
-class LTX2IDLoRASteps(LTX2ConditionPipeline):
+class LTX2IDLoRASteps(LTX2IDLoRAChecks):
     """
     What a call of [`LTX2IDLoRAPipeline`] is made of, each step a method of its own. It adds no component to
     [`LTX2ConditionPipeline`].
     """
-
-    def default_size(
-        self,
-        height: int | None,
-        width: int | None,
-        num_frames: int | None,
-        images: list[PIL.Image.Image | None],
-        latents: torch.Tensor | None,
-    ) -> tuple[int, int, int | None]:
-        """
-        Height, width and frames, with what was left out filled in: from `latents`, else from the first image's aspect,
-        else 512 x 512; 121 frames, or `None` where a `duration_head` is to predict them.
-        """
-        if (height is None) != (width is None):
-            raise ValueError(f"`height` is {height} and `width` is {width}; give both or neither.")
-        if isinstance(latents, torch.Tensor) and latents.ndim == 5:
-            sizes = [size * self.vae_spatial_compression_ratio for size in latents.shape[3:]]
-            frames = (latents.shape[2] - 1) * self.vae_temporal_compression_ratio + 1
-            if height is not None and [height, width] != sizes or num_frames not in (None, frames):
-                raise ValueError(
-                    f"`height`, `width` and `num_frames` are {height}, {width} and {num_frames}, but `latents` are of"
-                    f" {sizes[0]}, {sizes[1]} and {frames}; leave them out."
-                )
-            return *sizes, frames
-        if height is None:
-            face = next((image for image in images if image is not None), None)
-            height, width = (512, 512) if face is None else fit_size(*face.size)
-        if num_frames is None and getattr(self, "duration_head", None) is None:
-            num_frames = RECIPE_NUM_FRAMES
-        return height, width, num_frames
-
-    def default_stg_blocks(self, blocks: Sequence[int] | None, scales: GuidanceScales) -> tuple[int, ...]:
-        """The blocks that STG perturbs: those given, else the recipe's, or the last one of a smaller model."""
-        num_blocks = self.transformer.config.num_layers
-        if blocks is None:
-            return (min(RECIPE_STG_BLOCK, num_blocks - 1),)
-        if not isinstance(blocks, (list, tuple)):
-            raise ValueError(f"`spatio_temporal_guidance_blocks` is {blocks!r}; give a list of block numbers.")
-        if scales.uses_stg and not blocks:
-            raise ValueError(
-                f"`spatio_temporal_guidance_blocks` is {blocks}; name at least one block, or set `stg_scale` to 0."
-            )
-        if not all(isinstance(block, int) and 0 <= block < num_blocks for block in blocks):
-            raise ValueError(
-                f"`spatio_temporal_guidance_blocks` is {list(blocks)}; this transformer's blocks are 0 to"
-                f" {num_blocks - 1}."
-            )
-        return tuple(blocks)
-
-    def check_inputs(
-        self,
-        prompt: list[str] | None,
-        height: int,
-        width: int,
-        *,
-        num_prompts: int,
-        num_frames: int | None,
-        frame_rate: float,
-        motion_speed: float,
-        num_inference_steps: int,
-        sigmas: Sequence[float] | None,
-        noise_scale: float | None,
-        num_videos_per_prompt: int,
-        max_sequence_length: int,
-        text_context: TextContext | None,
-        negative_text_context: TextContext | None,
-        uses_text_guidance: bool,
-        conditions: list[LTX2VideoCondition],
-        first_frame: str | None,
-        mask_reference_from_text: bool,
-        clips: list[list[Clip]],
-        image_crf: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        output_type: str,
-        guidance_batching: str | int,
-        latents: torch.Tensor | None = None,
-        audio_latents: torch.Tensor | None = None,
-        **shared: Any,
-    ) -> None:
-        """
-        Raises a ValueError with the argument, its value and the remedy if a call can't work. `shared` goes to
-        [`LTX2ConditionPipeline.check_inputs`]; the other arguments are those of [`~LTX2IDLoRAPipeline.__call__`].
-        """
-        for name, value in (("frame_rate", frame_rate), ("motion_speed", motion_speed)):
-            check_positive(name, value)
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_videos_per_prompt", num_videos_per_prompt),
-            ("max_sequence_length", max_sequence_length),
-            ("height", height),
-            ("width", width),
-        ):
-            check_count(name, value)
-        check_frames(num_frames, self.vae_temporal_compression_ratio)
-        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        if isinstance(guidance_batching, str):
-            check_choice("guidance_batching", guidance_batching, ("sequential", "packed"))
-        else:
-            check_count("guidance_batching", guidance_batching)
-        if noise_scale is not None:
-            check_scale("noise_scale", noise_scale)
-        if image_crf is not None and not (isinstance(image_crf, int) and 0 <= image_crf <= 51):
-            raise ValueError(f"`image_crf` is {image_crf!r}; give a whole number from 0 to 51, or `None`.")
-        if num_inference_steps == 1 and sigmas is None and self.scheduler.config.get("shift_terminal"):
-            raise ValueError(
-                "`num_inference_steps` is 1, and one step can't be stretched to the scheduler's `shift_terminal`; take"
-                " at least 2 steps, or give `sigmas`."
-            )
-        if text_context is None:
-            self._check_sequence_length(max_sequence_length)
-        if num_frames is not None and audio_latents is None and self.audio_length(num_frames, frame_rate) < 1:
-            raise ValueError(
-                f"`num_frames` is {num_frames} at a `frame_rate` of {frame_rate}, too short for any sound; give more"
-                " frames."
-            )
-        for _, sampling_rate in (clip for row in clips for clip in row):
-            check_resampling(sampling_rate, self.audio_sampling_rate)
-        if num_frames is not None:
-            check_condition_indices(conditions, self._latent_size(height, width, num_frames)[0], first_frame)
-        if mask_reference_from_text:
-            check_text_mask(self.transformer.dtype)
-        if uses_text_guidance:
-            self._check_negative_context(text_context, negative_text_context, num_prompts, shared)
-        num_rows = num_prompts * num_videos_per_prompt
-        generators = generator if isinstance(generator, list) else []
-        if isinstance(generator, list) and len(generator) != num_rows:
-            raise ValueError(f"`generator` is a list of {len(generator)} for {num_rows} videos; give one for each.")
-        for item in generators or [generator]:
-            if item is not None and not isinstance(item, torch.Generator):
-                raise ValueError(f"`generator` holds a {type(item).__name__}; give a `torch.Generator`.")
-        check_latents("latents", latents, (num_rows, self.transformer.config.in_channels, None, None, None))
-        check_latents("audio_latents", audio_latents, (num_rows, *self._audio_latent_shape()))
-        super().check_inputs(
-            # diffusers knows nothing of a finished context, and would ask for a prompt.
-            prompt=[""] * num_prompts if text_context is not None else prompt,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            stg_scale=0.0,
-            audio_stg_scale=0.0,
-            **shared,
-        )
-
-    def _check_negative_context(
-        self,
-        text_context: TextContext | None,
-        negative_text_context: TextContext | None,
-        num_prompts: int,
-        shared: dict[str, Any],
-    ) -> None:
-        if negative_text_context is None:
-            if self.text_encoder is None and shared.get("negative_prompt_embeds") is None:
-                raise ValueError(
-                    "`negative_text_context` is missing and there is no text encoder to read `negative_prompt`; give"
-                    " it, or set `guidance_scale` to 1."
-                )
-            return
-        if negative_text_context.batch_size != num_prompts:
-            raise ValueError(
-                f"`negative_text_context` has {negative_text_context.batch_size} rows for {num_prompts} prompts; give"
-                " one row for each."
-            )
-        lengths = {item.video_embeds.shape[1] for item in (text_context, negative_text_context) if item is not None}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"`text_context` and `negative_text_context` have {sorted(lengths)} tokens; encode both with the same"
-                " `max_sequence_length`."
-            )
-
-    def _check_sequence_length(self, max_sequence_length: int) -> None:
-        config = self.connectors.config
-        for num_registers in (
-            config.video_connector_num_learnable_registers,
-            config.audio_connector_num_learnable_registers,
-        ):
-            if num_registers is not None and max_sequence_length % num_registers:
-                raise ValueError(
-                    f"`max_sequence_length` is {max_sequence_length}; give a multiple of the text connectors'"
-                    f" {num_registers} registers."
-                )
-
-    def _audio_latent_shape(self) -> tuple[int, None, int]:
-        """Channels, any length, and mel bins of audio latents."""
-        return self.audio_latent_channels, None, self.audio_mel_bins // self.audio_vae_mel_compression_ratio
 
     @torch.no_grad()
     def encode_text_context(
@@ -323,21 +130,44 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
         return retrieve_latents(self.audio_vae.encode(log_mel), sample_mode="argmax").float()
 
     @torch.no_grad()
-    def encode_image(self, image: PIL.Image.Image, height: int, width: int, image_crf: int | None = 0) -> torch.Tensor:
+    def encode_image(
+        self, image: PIL.Image.Image | list[PIL.Image.Image], height: int, width: int, image_crf: int | None = 0
+    ) -> torch.Tensor:
         """
-        An image as the latents of a first frame, for `image_latents`: bilinear resize, centre crop, VAE.
+        An image as the latents of a first frame, for `image_latents`: bilinear resize, centre crop, VAE. Several
+        frames, 8k + 1 of them, give the latents of a beginning.
 
         Args:
-            image (`PIL.Image.Image`): The image.
+            image (`PIL.Image.Image` or a list of these): The image, or the frames.
             height (`int`), width (`int`): Of the video, in pixels.
-            image_crf (`int`, *optional*, defaults to `0`): H.264 re-compression first; `None` is the model's default.
+            image_crf (`int`, *optional*, defaults to `0`):
+                H.264 re-compression of a single image first; `None` is the model's default.
 
         Returns:
-            `torch.Tensor`: Un-normalised latents `[1, C, 1, h, w]`.
+            `torch.Tensor`: Un-normalised latents `[1, C, k + 1, h, w]`.
         """
+        num_frames = len(image) if isinstance(image, list) else 1
         condition = LTX2VideoCondition(frames=image, index=0, crf=image_crf)
-        (pixels,), *_ = self.preprocess_conditions(condition, height, width, 1, device=self._execution_device)
+        (pixels,), *_ = self.preprocess_conditions(condition, height, width, num_frames, self._execution_device)
         return retrieve_latents(self.vae.encode(pixels), sample_mode="argmax").float()
+
+    def encode_earlier_sound(self, clip: EarlierClip, num_frames: int, frame_rate: float) -> torch.Tensor:
+        """
+        The sound under the last frames of a clip, as the audio VAE encodes the beginning of a target.
+
+        Args:
+            clip ([`EarlierClip`]): The clip that is to go on.
+            num_frames (`int`): How many of its last frames.
+            frame_rate (`float`): In frames per second.
+
+        Returns:
+            `torch.Tensor`: Un-normalised latents `[1, C, L, M]` with L as for a video of that many frames.
+        """
+        start = (len(clip.frames) - num_frames) / frame_rate
+        # The first latent holds a single mel frame (method section 2), so L latents need 4 (L - 1) hops of sound.
+        num_hops = (self.audio_length(num_frames, frame_rate) - 1) * self.audio_vae_temporal_compression_ratio
+        seconds = num_hops * self.audio_hop_length / self.audio_sampling_rate
+        return self.encode_reference_audio(clip.sound_from(start, seconds), clip.sampling_rate)
 
     def prepare_references(
         self, clips: list[list[Clip]], reference_latents: list[torch.Tensor | None]
@@ -356,14 +186,35 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
         for row in clips:
             # A voice given once for all prompts is one object, and is encoded once.
             if id(row) not in tokens:
-                tokens[id(row)] = [self._reference_tokens(self.encode_reference_audio(clip)) for clip in row]
+                tokens[id(row)] = [self._audio_tokens(self.encode_reference_audio(clip)) for clip in row]
         rows = [
-            tokens[id(row)] if latents is None else [self._reference_tokens(latents)]
+            tokens[id(row)] if latents is None else [self._audio_tokens(latents)]
             for row, latents in zip(clips, reference_latents)
         ]
         return ReferenceBatch.from_clips(rows, self.transformer.audio_rope)
 
-    def _reference_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+    def prepare_speakers(
+        self, rows: list[list[tuple[Clip, float, float]]], first_second: float, num_target_tokens: int
+    ) -> ReferenceBatch:
+        """
+        The voices of a batch in which speakers take turns (experimental).
+
+        Args:
+            rows (`list[list[tuple[Clip, float, float]]]`): Of each prompt, voice, start and end of its turns.
+            first_second (`float`): When the clip that is wanted begins in what is generated.
+            num_target_tokens (`int`): Length of the target.
+        """
+        tokens = {}
+        for clip in (clip for row in rows for clip, *_ in row):
+            if id(clip) not in tokens:
+                tokens[id(clip)] = self._audio_tokens(self.encode_reference_audio(clip))
+        turns = [
+            [Turn(tokens[id(clip)], start + first_second, end + first_second) for clip, start, end in row]
+            for row in rows
+        ]
+        return ReferenceBatch.from_turns(turns, self.transformer.audio_rope, num_target_tokens)
+
+    def _audio_tokens(self, latents: torch.Tensor) -> torch.Tensor:
         return pack_reference_latents(latents.to(self._execution_device, torch.float32), self.audio_vae)[0]
 
     def prepare_video_tokens(
@@ -383,7 +234,7 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
 
         Args:
             conditions (`LTX2VideoCondition` or a list of these, *optional*): Frames that hold for all rows.
-            first_frames (`list[torch.Tensor | None]`): Of each row, un-normalised latents `[1, C, 1, h, w]`.
+            first_frames (`list[torch.Tensor | None]`): Of each row, un-normalised latents `[1, C, 1 or more, h, w]`.
             height (`int`), width (`int`), num_frames (`int`): The video's size.
             frame_rate (`float`): The rate that positions follow, in frames per second.
             noise_scale (`float`): How much noise is mixed in.
@@ -439,27 +290,59 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
             positions = torch.cat([positions, keyframe_positions.expand(num_rows, -1, -1, -1)], dim=2)
         return tokens, mask, clean, positions
 
-    def _latent_size(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
-        return (
-            (num_frames - 1) // self.vae_temporal_compression_ratio + 1,
-            height // self.vae_spatial_compression_ratio,
-            width // self.vae_spatial_compression_ratio,
-        )
+    def prepare_audio_tokens(
+        self,
+        first_sounds: list[torch.Tensor | None],
+        num_tokens: int,
+        frozen: bool,
+        noise_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        audio_latents: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Noisy audio tokens of the target, with what is given clean in place.
 
-    def audio_length(self, num_frames: int, frame_rate: float) -> int:
-        """Audio latents that are as long as the video."""
-        latents_per_second = (
-            self.audio_sampling_rate / self.audio_hop_length / self.audio_vae_temporal_compression_ratio
+        Args:
+            first_sounds (`list[torch.Tensor | None]`): Of each row, un-normalised latents `[1, C, L, M]` or none.
+            num_tokens (`int`): Length of the target.
+            frozen (`bool`): Whether `audio_latents` stay as they are.
+            noise_scale (`float`): How much noise is mixed in.
+            generator (`torch.Generator` or a list of these, *optional*): Sources of noise.
+            audio_latents (`torch.Tensor`, *optional*): Un-normalised `[B, C, L, M]` to start from.
+
+        Returns:
+            Tokens `[B, L, C * M]`, conditioning mask `[B, L, 1]` (1 is clean), clean tokens `[B, L, C * M]`, positions
+            `[B, 1, L, 2]`.
+        """
+        device, num_rows = self._execution_device, len(first_sounds)
+        tokens = self.prepare_audio_latents(
+            num_rows,
+            num_channels_latents=self.audio_latent_channels,
+            audio_latent_length=num_tokens,
+            num_mel_bins=self.audio_mel_bins,
+            noise_scale=0.0 if frozen else noise_scale,
+            dtype=torch.float32,
+            device=device,
+            generator=generator,
+            latents=None if audio_latents is None else audio_latents.to(device, torch.float32),
         )
-        return round(num_frames / frame_rate * latents_per_second)
+        mask = torch.full((*tokens.shape[:2], 1), float(frozen), device=device)
+        for index, sound in enumerate(first_sounds):
+            if sound is not None:
+                first = self._audio_tokens(sound)[:num_tokens]
+                tokens[index, : len(first)] = first
+                mask[index, : len(first)] = 1.0
+        positions = self.transformer.audio_rope.prepare_audio_coords(num_rows, num_tokens, device)
+        return tokens, mask, tokens * mask, positions
 
     def prepare_scheduler(
         self,
         num_inference_steps: int,
         sigmas: Sequence[float] | None = None,
         device: torch.device | None = None,
-        num_tokens: int = FIXED_SHIFT_TOKENS,
-    ) -> FlowMatchEulerDiscreteScheduler:
+        num_tokens: int = SHIFT_TOKENS,
+        sampler: str | None = None,
+    ) -> FlowMatchEulerDiscreteScheduler | LTX2Res2sScheduler:
         """
         A scheduler ready for the loop.
 
@@ -468,17 +351,23 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
             sigmas (`Sequence[float]`, *optional*): Noise levels to be used as they are, without the last 0.
             device (`torch.device`, *optional*): Where its timesteps are.
             num_tokens (`int`, defaults to `4096`): Video tokens that the shift is for.
+            sampler (`str`, *optional*): `"euler"` or `"res_2s"`; left out, what the pipeline's own scheduler is.
 
         Returns:
-            `FlowMatchEulerDiscreteScheduler`: The pipeline's own, or with `sigmas` one that does not shift them.
+            `FlowMatchEulerDiscreteScheduler` or [`LTX2Res2sScheduler`]: One of its own for this call.
         """
         config = self.scheduler.config
-        if sigmas is not None:
-            conversions = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-            unchanged = {name: False for name in ("use_dynamic_shifting", *conversions) if name in config}
-            scheduler = self.scheduler.from_config(config, **unchanged, shift=1.0, shift_terminal=None)
-            scheduler.set_timesteps(sigmas=list(sigmas), device=device)
-            return scheduler
+        if sigmas is None:
+            sigmas = self._shifted_sigmas(num_inference_steps, num_tokens)
+        conversions = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+        unchanged = {name: False for name in ("use_dynamic_shifting", *conversions) if name in config}
+        scheduler_class = type(self.scheduler) if sampler is None else SAMPLERS[sampler]
+        scheduler = scheduler_class.from_config(config, **unchanged, shift=1.0, shift_terminal=None)
+        scheduler.set_timesteps(sigmas=list(sigmas), device=device)
+        return scheduler
+
+    def _shifted_sigmas(self, num_inference_steps: int, num_tokens: int) -> list[float]:
+        config = self.scheduler.config
         mu = calculate_shift(
             num_tokens,
             config.get("base_image_seq_len", 1024),
@@ -486,14 +375,22 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
             config.get("base_shift", 0.95),
             config.get("max_shift", 2.05),
         )
-        retrieve_timesteps(
-            self.scheduler,
-            num_inference_steps,
-            device,
-            sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps),
-            mu=mu,
+        scheduler = copy.deepcopy(self.scheduler)
+        plain = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        # Of its class whatever the sampler, which may split these steps further.
+        FlowMatchEulerDiscreteScheduler.set_timesteps(scheduler, sigmas=plain, mu=mu)
+        return scheduler.sigmas[:-1].tolist()
+
+    def pass_packing(
+        self, guidance_batching: str | int, latents: torch.Tensor, audio_latents: torch.Tensor
+    ) -> PassPacking:
+        """How many passes of a step share a forward; the tokens tell what `"auto"` means, which may become less."""
+        if guidance_batching != "auto":
+            return PassPacking({"sequential": 1, "packed": None}.get(guidance_batching, guidance_batching))
+        num_tokens = latents.shape[0] * (latents.shape[1] + audio_latents.shape[1])
+        return PassPacking(
+            auto_passes_per_forward(self.transformer, num_tokens, MOST_PASSES), halve_on_out_of_memory=True
         )
-        return self.scheduler
 
     def decode_tokens(
         self,
@@ -507,6 +404,8 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         decode_timestep: float | list[float] = 0.0,
         decode_noise_scale: float | list[float] | None = None,
+        first_frame: int = 0,
+        frame_rate: float = 25.0,
     ) -> tuple[Any, torch.Tensor]:
         """
         Packed, normalised tokens of both modalities to frames and sound; keyframe tokens at the end are dropped.
@@ -518,6 +417,8 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
             output_type (`str`, defaults to `"pil"`): See [`~LTX2IDLoRAPipeline.__call__`].
             dtype (`torch.dtype`): What video latents are rounded to before decoding, as diffusers does.
             generator, decode_timestep, decode_noise_scale: For video VAEs with timestep conditioning.
+            first_frame (`int`, defaults to `0`): Frames before it are left out, and the sound under them.
+            frame_rate (`float`, defaults to `25.0`): In frames per second; tells how much sound that is.
 
         Returns:
             Frames and a waveform `[B, channels, samples]`, or un-normalised latents of both.
@@ -547,9 +448,40 @@ class LTX2IDLoRASteps(LTX2ConditionPipeline):
             latents = (1 - noise_scale) * latents + noise_scale * noise
         latents = self._denormalize_latents(latents, *statistics).to(self.vae.dtype)
         video = self.vae.decode(latents, timestep, return_dict=False)[0]
-        video = self.video_processor.postprocess_video(video, output_type=output_type)
+        video = self.video_processor.postprocess_video(video[:, :, first_frame:], output_type=output_type)
         log_mel = self.audio_vae.decode(audio_latents.to(self.audio_vae.dtype), return_dict=False)[0]
-        return video, self.vocoder(log_mel.to(self.vocoder.dtype))
+        first_sample = round(first_frame / frame_rate * self.vocoder.config.output_sampling_rate)
+        return video, self.vocoder(log_mel.to(self.vocoder.dtype))[..., first_sample:]
+
+
+def denoising_step(
+    scheduler: FlowMatchEulerDiscreteScheduler | LTX2Res2sScheduler,
+    x0: torch.Tensor,
+    latents: torch.Tensor,
+    clean_latents: torch.Tensor,
+    conditioning_mask: torch.Tensor,
+    sigma: torch.Tensor,
+    timestep: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """
+    One step of a scheduler from a guided prediction, in which clean tokens stay as they are.
+
+    Args:
+        scheduler: The scheduler of this modality.
+        x0 (`torch.Tensor`): The guided prediction, `[B, tokens, channels]`.
+        latents (`torch.Tensor`): The noisy tokens.
+        clean_latents (`torch.Tensor`): What conditioned tokens are to be.
+        conditioning_mask (`torch.Tensor`): `[B, tokens, 1]`: 1 on clean tokens, between 0 and 1 on partly clean ones.
+        sigma (`torch.Tensor`), timestep (`torch.Tensor`): The noise level, and as the scheduler counts it.
+        generator (`torch.Generator` or a list of these, *optional*): Of samplers that add noise.
+    """
+    # In x0 space before the step, as the reference implementation does it.
+    x0 = x0 * (1 - conditioning_mask) + clean_latents * conditioning_mask
+    velocity = (latents - x0) / sigma
+    latents = scheduler.step(velocity, timestep, latents, generator=generator, return_dict=False)[0]
+    # And after it, where a sampler has added noise.
+    return torch.where(conditioning_mask == 1, clean_latents, latents)
 
 
 def _per_row(value: float | list[float], latents: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from diffusers import (
     LTX2ConditionPipeline,
     LTX2VideoTransformer3DModel,
 )
-from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel, LTX2TextConnectors, LTX2Vocoder
 from diffusers.utils import logging
 from safetensors.torch import save_file
 from transformers import (
@@ -105,6 +105,15 @@ def tiny_components(family: str = "ltx-2.3", seed: int = 0) -> dict[str, object]
     return components
 
 
+def tiny_latent_upsampler(seed: int = 0) -> LTX2LatentUpsamplerModel:
+    """The tiny checkpoint's x2 latent upsampler with random weights, for two-stage generation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return LTX2LatentUpsamplerModel(
+            in_channels=_VIDEO_LATENT_CHANNELS, mid_channels=32, num_blocks_per_stage=1
+        ).eval()
+
+
 def save_tiny_checkpoint(directory: str | os.PathLike, family: str = "ltx-2.3", seed: int = 0) -> Path:
     """
     Saves a tiny checkpoint in the diffusers layout, whole or not at all.
@@ -135,6 +144,8 @@ def save_tiny_checkpoint(directory: str | os.PathLike, family: str = "ltx-2.3", 
         pipeline = LTX2ConditionPipeline(**tiny_components(family, seed))
         # The folder of `mkdtemp` is readable by its owner only; a folder made inside has the usual permissions.
         pipeline.save_pretrained(temporary / "checkpoint")
+        # As on the Hub: a folder beside the components, which the index does not name.
+        tiny_latent_upsampler(seed).save_pretrained(temporary / "checkpoint" / "latent_upsampler")
         os.replace(temporary / "checkpoint", directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
