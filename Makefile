@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 # The Hub is never needed by the demo or the tests.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test identity-world lint format clean
 
 help:
 	@echo "make demo    install, then generate outputs/demo.mp4 with random weights"
 	@echo "make test    install with the test extra, then run the tests"
+	@echo "make identity-world   train in the identity world and measure whether the voice follows: docs/mechanism.md"
 	@echo "make lint    ruff check and format check"
 	@echo "make format  let ruff rewrite what it can"
 
@@ -28,6 +29,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+identity-world: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.identity_world
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

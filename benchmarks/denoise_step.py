@@ -185,6 +185,7 @@ def measure(options: argparse.Namespace) -> dict:
         result["share_of_bf16_rate"] = {
             name: round(counter.get_total_flops() / seconds[name] / rate, 3)
             for name in ("bare", "sequential", "packed")
+            if name in seconds
         }
     return result
 

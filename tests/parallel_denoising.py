@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 
 from denoising_case import PLAN, Case
+from diffusers_idlora import LTX2IDLoRATwoStagePipeline
 from diffusers_idlora.denoising import PassPacking
 from diffusers_idlora.parallel import guidance_group
-from diffusers_idlora.tiny import tiny_components
+from diffusers_idlora.tiny import tiny_components, tiny_latent_upsampler
 
 
 SETTINGS = {
@@ -57,6 +58,25 @@ def failure_of(case, parallel) -> str:
     return "nothing"
 
 
+def differs_after_two_stages() -> bool:
+    """Whether processes that draw noise of their own end in clips of their own."""
+    pipe = LTX2IDLoRATwoStagePipeline(**tiny_components("ltx-2.3"), latent_upsampler=tiny_latent_upsampler())
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(
+        "hello",
+        height=128,
+        width=128,
+        num_frames=9,
+        num_inference_steps=2,
+        max_sequence_length=16,
+        distilled_adapter=None,
+        guidance_parallel=True,
+        generator=torch.Generator().manual_seed(dist.get_rank()),
+        output_type="latent",
+    )
+    return differs_between_processes([output.frames, output.audio])
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     case = Case(tiny_components("ltx-2.3")["transformer"], (5, 3))
@@ -78,6 +98,7 @@ def main(folder: Path) -> None:
     report["shared_noise_differs"] = differs_between_processes([shared])
     report["failure"] = failure_of(case, parallel)
     report["goes_on"] = not differs_between_processes(case.predict(parallel=parallel))
+    report["two_stages_differ"] = differs_after_two_stages()
     (folder / f"{parallel.rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

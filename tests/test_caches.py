@@ -141,6 +141,17 @@ def test_calls_do_not_go_on_from_what_an_earlier_one_cached(pipe, run, voice):
 
 
 @families
+def test_a_call_does_not_go_on_from_one_that_failed_while_decoding(pipe, run, monkeypatch):
+    enable_first_block_cache(pipe.transformer, threshold=1e9)
+    expected = run()
+    with monkeypatch.context() as patched:
+        patched.setattr(pipe.vae, "decode", None)
+        with pytest.raises(TypeError):
+            run(output_type="pt")
+    assert same(run(), expected)
+
+
+@families
 def test_a_pass_that_begins_late_is_computed_first(pipe, run, block_runs):
     enable_first_block_cache(pipe.transformer, threshold=1e9)
     run(identity_guidance=IdentityGuidance(start=0.5))

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
-from diffusers_idlora import LTX2IDLoRAPipeline, join_clips
+from diffusers_idlora import LTX2IDLoRAPipeline, SpeakerTurn, join_clips
 from diffusers_idlora.continuation import EarlierClip, context_frames, read_earlier_clip
 from diffusers_idlora.demo_assets import demo_face, demo_voice
 from diffusers_idlora.media import write_video
@@ -64,6 +65,62 @@ def test_a_lead_in_of_zero_changes_nothing(pipe, inputs):
         pipe(**inputs, **SMALL, lead_in=0.0, generator=seeded()).frames,
         pipe(**inputs, **SMALL, generator=seeded()).frames,
     )
+
+
+@pytest.mark.parametrize("index", [1, -2])
+def test_a_condition_counts_from_the_clip_and_not_from_what_is_generated_before_it(pipe, inputs, first, index):
+    further = LTX2VideoCondition(frames=demo_face(64), index=index, crf=0)
+    earlier = (first.frames[0], first.audio[0])
+    for before, num_trimmed in (({"lead_in": 0.5}, 16), ({"continue_from": earlier}, 24)):
+        call = inputs_of_forwards(pipe, lambda before=before: pipe(**inputs, **SMALL, **before, conditions=further))[0]
+        # Frame 1 of the clip is where its second latent frame begins.
+        seconds = call["video_coords"][0, 0, -1, 0].item()
+        assert seconds == pytest.approx((num_trimmed + 1) / 25)
+
+
+def test_a_condition_at_the_beginning_is_the_first_frame_that_is_generated(pipe, inputs):
+    face = demo_face(64)
+    condition = LTX2VideoCondition(frames=face, index=0, crf=0)
+    arguments = inputs | SMALL | {"lead_in": 0.3}
+    image, conditioned = (
+        pipe(**arguments, **given, generator=seeded()).frames for given in ({"image": face}, {"conditions": condition})
+    )
+    np.testing.assert_allclose(image, conditioned, atol=1e-5)
+
+
+def test_a_condition_after_the_end_of_the_clip_is_an_error_with_a_lead_in_too(pipe):
+    further = LTX2VideoCondition(frames=demo_face(64), index=3, crf=0)
+    with pytest.raises(ValueError, match="3 latent frames; give an index from -3 to 2"):
+        pipe(**SMALL, conditions=further, lead_in=0.5)
+
+
+def test_the_first_speaker_is_heard_in_the_lead_in(pipe, inputs):
+    voice = inputs["reference_audio"]
+    arguments = SMALL | {"lead_in": 0.5, "output_type": "latent"}
+    turns = pipe(**arguments, speakers=[SpeakerTurn(voice, 0.0, 10.0)], generator=seeded())
+    plain = pipe(**arguments, reference_audio=voice, generator=seeded())
+    torch.testing.assert_close(turns.audio, plain.audio, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(turns.frames, plain.frames, atol=1e-4, rtol=1e-4)
+
+
+def test_a_clip_that_ends_in_silence_goes_on(pipe, inputs, first):
+    silent = torch.zeros_like(first.audio[0])
+    output = pipe(**inputs, **SMALL, continue_from=(first.frames[0], silent), generator=seeded())
+    assert output.frames.shape[1] == 17
+
+
+def test_a_clip_in_bfloat16_goes_on(pipe, inputs, first):
+    frames = torch.from_numpy(first.frames[0]).movedim(-1, 1).to(torch.bfloat16)
+    earlier = read_earlier_clip((frames, first.audio[0].to(torch.bfloat16)), 25, 24000)
+    assert abs(earlier.frames / 255 - first.frames[0]).max() < 0.01
+
+
+def test_the_end_of_one_clip_for_several_prompts_is_encoded_once(pipe, first, monkeypatch):
+    encoded = []
+    encode = pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda pixels: encoded.append(pixels) or encode(pixels))
+    pipe(**SMALL | {"prompt": ["hello", "there"]}, continue_from=(first.frames[0], first.audio[0]))
+    assert len(encoded) == 1
 
 
 def test_the_end_of_an_earlier_clip_is_given_clean_at_every_step(pipe, inputs, first):
@@ -150,6 +207,17 @@ def test_about_a_second_becomes_context(available, rate, expected):
         ({"continue_from": 3}, "`continue_from` is a int"),
         ({"continue_from": (np.zeros((4, 64, 64, 3), np.uint8), torch.zeros(1, 4000))}, "has 4 frames"),
         ({"continue_from": ("x", torch.zeros(1, 4000))}, "frames of a kind"),
+        ({"continue_from": (np.full((33, 64, 64, 3), 9.0), torch.zeros(1, 40000))}, "frames of float64 values"),
+        ({"continue_from": (np.zeros((33, 64, 64, 3), np.int64), torch.zeros(1, 40000))}, "frames of int64 values"),
+        (
+            {"continue_from": (np.zeros((33, 64, 64, 3)), torch.full((1, 40000), torch.nan))},
+            "`continue_from` has sound",
+        ),
+        (
+            {"continue_from": (np.zeros((33, 64, 64, 3)), (torch.zeros(1, 40000), 44101))},
+            "`continue_from` has a sampling rate of 44101",
+        ),
+        ({"continue_from": ([demo_face(64), demo_face(32)], torch.zeros(1, 4000))}, "frames of several sizes"),
         ({"continue_from": "missing.mp4"}, "`continue_from`"),
         ({"lead_in": -1.0}, "`lead_in` is -1.0"),
         (

@@ -54,6 +54,10 @@ def test_what_each_process_drew_for_itself_becomes_the_first_one_s(reports):
         assert report["noise_differs"] and not report["shared_noise_differs"]
 
 
+def test_processes_get_the_same_clip_of_two_stages_from_noise_of_their_own(reports):
+    assert not any(report["two_stages_differ"] for report in reports)
+
+
 def test_an_error_in_one_process_ends_the_step_in_all_of_them_and_the_next_step_runs(reports):
     # The perturbed pass is the fourth.
     owner = 3 % len(reports)

@@ -228,12 +228,57 @@ def test_one_turn_over_the_whole_clip_is_an_ordinary_reference(pipe, voice):
         ({"speakers": []}, "`speakers` is"),
         ({"speakers": [1]}, "`speakers` holds"),
         ({"speakers": [SpeakerTurn("a.wav", 1.0, 0.5)]}, "`speakers` has a turn"),
+        ({"speakers": [SpeakerTurn("a.wav", "1", 2.0), SpeakerTurn("a.wav", 0.5, 1.0)]}, "`start` is '1'"),
+        ({"speakers": [SpeakerTurn("a.wav", 0.0, 1.0), []]}, "`speakers` is a list of 2 for 1 prompt"),
+        ({"speakers": [SpeakerTurn(demo_voice(2.5), 5.0, 6.0)]}, "`speakers` has a turn from 5.0 to 6.0 s"),
         ({"guidance_parallel": True}, "guidance_parallel"),
     ],
 )
 def test_what_the_options_cannot_be_is_said_before_any_model_runs(pipe, arguments, words):
-    with pytest.raises(ValueError, match=words):
-        pipe(**SMALL | arguments)
+    ran = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: ran.append(1))
+        for module in (pipe.text_encoder.get_input_embeddings(), pipe.connectors, pipe.transformer)
+    ]
+    try:
+        with pytest.raises(ValueError, match=words):
+            pipe(**SMALL | arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not ran
+
+
+def test_speakers_of_several_prompts_are_a_list_for_each(pipe, voice):
+    rows = [[SpeakerTurn(voice, 0.0, 0.5)], SpeakerTurn(voice, 0.0, 0.5)]
+    with pytest.raises(ValueError, match="`speakers` holds SpeakerTurn; give"):
+        pipe(**SMALL | {"prompt": ["hello", "there"]}, speakers=rows)
+
+
+def test_a_turn_is_of_the_picture_at_the_time_that_it_is_played_at_any_motion_speed(pipe, voice):
+    seen = []
+
+    def after_step(pipe, step, timestep, tensors):
+        # Video tokens by references and target, where the video reads the audio.
+        mask = pipe.transformer.transformer_blocks[0].audio_to_video_attn.processor.edit.mask
+        seen.append(mask[0, :, 0] == 0)
+        return {}
+
+    for speed in (1.0, 0.25):
+        pipe(
+            **SMALL | {"num_frames": 17, "num_inference_steps": 2},
+            speakers=[SpeakerTurn(voice, 0.0, 0.3)],
+            motion_speed=speed,
+            callback_on_step_end=after_step,
+            identity_guidance_scale=0.0,
+        )
+    assert torch.equal(seen[0], seen[-1])
+    assert seen[0].any() and not seen[0].all()
+
+
+def test_identity_guidance_runs_no_pass_for_sound_that_is_frozen(pipe, voice):
+    frozen = {"audio_latents": torch.randn(1, 2, 9, 4, generator=seeded()), "freeze_audio": True}
+    assert len(sigmas_and_passes(pipe, **SMALL, **frozen, reference_audio=voice)) == 2 * 4
 
 
 def test_overlapping_turns_are_an_error(pipe, voice):

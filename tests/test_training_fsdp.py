@@ -18,14 +18,18 @@ from training_run import launch, loaded_trainer, losses_of, make_samples, option
 
 
 FSDP_SCRIPT = Path(__file__).parent / "training_fsdp.py"
-CHANGED = {
+LORA = {
     "gradient_accumulation_steps": 2,
     "gradient_checkpointing": True,
     "reference_dropout": 0.3,
     "validation_steps": 6,
     "validation_inference_steps": 2,
     "num_validation_samples": 1,
+    "lr_scheduler": "constant",
+    "checkpointing_steps": 3,
 }
+DORA = {"use_dora": True, "gradient_checkpointing": True, "max_train_steps": 2}
+BF16 = {"mixed_precision": "bf16", "max_train_steps": 3}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +38,23 @@ def data(tiny_checkpoint, tmp_path_factory):
     return make_samples(tmp_path_factory.mktemp("data"), tiny_checkpoint())
 
 
-def run_sharded(checkpoint, data, output, **changed):
-    """The training script in two processes, each with half the batch and half of every weight."""
-    arguments = options(checkpoint, data, output, train_batch_size=1, **changed)
-    process = launch(arguments, processes=2, script=FSDP_SCRIPT, stderr=subprocess.PIPE)
+@pytest.fixture(scope="module")
+def sharded(tiny_checkpoint, data, tmp_path_factory):
+    """The outputs of the training script in two processes, each with half the batch and half of every weight."""
+    folder = tmp_path_factory.mktemp("sharded")
+    runs = [
+        ("lora", {**LORA, "max_train_steps": 3, "validation_steps": None}),
+        ("lora", {**LORA, "resume_from_checkpoint": "latest"}),
+        ("dora", DORA),
+        ("bf16", BF16),
+    ]
+    arguments = [
+        options(tiny_checkpoint(), data, folder / name, train_batch_size=1, **changed) for name, changed in runs
+    ]
+    process = launch([json.dumps(arguments)], processes=2, script=FSDP_SCRIPT, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=240)
-    return process.returncode, errors
+    assert process.returncode == 0 and "3/6" in errors, errors[-3000:]
+    return folder
 
 
 def gradient_norms(output):
@@ -47,32 +62,30 @@ def gradient_norms(output):
         return [float(row["gradient_norm"]) for row in csv.DictReader(file)]
 
 
+def assert_equal_runs(found, expected, *names):
+    assert losses_of(found) == pytest.approx(losses_of(expected), abs=1e-4)
+    assert gradient_norms(found) == pytest.approx(gradient_norms(expected), rel=1e-3)
+    for name in names:
+        weights, others = load_file(expected / name), load_file(found / name)
+        assert weights.keys() == others.keys() and weights
+        for key, value in weights.items():
+            torch.testing.assert_close(others[key], value, atol=1e-4, rtol=0)
+
+
 @pytest.mark.slow
-def test_two_sharded_processes_end_as_one_does_also_when_resumed(tiny_checkpoint, data, tmp_path):
-    trainer = loaded_trainer(options(tiny_checkpoint(), data, tmp_path / "one", **CHANGED))
+def test_two_sharded_processes_that_were_stopped_and_resumed_end_as_one_that_was_not(
+    tiny_checkpoint, data, sharded, tmp_path
+):
+    trainer = loaded_trainer(options(tiny_checkpoint(), data, tmp_path, **LORA))
     trainer.run()
     finish(trainer, trainer.validate())
-    sharded = tmp_path / "sharded"
-    changed = {**CHANGED, "lr_scheduler": "linear", "checkpointing_steps": 3}
-    code, errors = run_sharded(tiny_checkpoint(), data, sharded, **changed)
-    assert code == 0, errors[-3000:]
-
-    def assert_like_one_process():
-        assert losses_of(sharded) == pytest.approx(losses_of(tmp_path / "one"), abs=1e-4)
-        assert gradient_norms(sharded) == pytest.approx(gradient_norms(tmp_path / "one"), rel=1e-3)
-        for name in (f"checkpoint-6/{ADAPTER_STATE_NAME}", "pytorch_lora_weights.safetensors"):
-            expected, found = load_file(tmp_path / "one" / name), load_file(sharded / name)
-            assert expected.keys() == found.keys() and expected
-            for key, value in expected.items():
-                torch.testing.assert_close(found[key], value, atol=1e-4, rtol=0)
-
-    assert_like_one_process()
-    validated = [json.loads((folder / "validation.jsonl").read_text()) for folder in (sharded, tmp_path / "one")]
+    found = sharded / "lora"
+    assert_equal_runs(found, tmp_path, f"checkpoint-6/{ADAPTER_STATE_NAME}", "pytorch_lora_weights.safetensors")
+    validated = [json.loads((folder / "validation.jsonl").read_text()) for folder in (found, tmp_path)]
     assert validated[0] == pytest.approx(validated[1], abs=1e-3)
-    assert (sharded / "validation" / "step-6" / "0.mp4").is_file()
-    checkpoint = sharded / "checkpoint-3"
+    assert (found / "validation" / "step-6" / "0.mp4").is_file()
     # Neither the base nor anything in parts.
-    assert {path.name for path in checkpoint.iterdir()} == {
+    assert {path.name for path in (found / "checkpoint-3").iterdir()} == {
         ADAPTER_STATE_NAME,
         "optimizer.bin",
         "scheduler.bin",
@@ -80,20 +93,19 @@ def test_two_sharded_processes_end_as_one_does_also_when_resumed(tiny_checkpoint
         "random_states_1.pkl",
         "trainer_state.json",
     }
-    (sharded / "checkpoint-6" / ADAPTER_STATE_NAME).unlink()
-    code, errors = run_sharded(tiny_checkpoint(), data, sharded, resume_from_checkpoint="latest", **changed)
-    assert code == 0 and "3/6" in errors, errors[-3000:]
-    assert_like_one_process()
 
 
 @pytest.mark.slow
-def test_bfloat16_stays_as_near_to_one_process_as_it_is_exact(tiny_checkpoint, data, tmp_path):
-    changed = {"mixed_precision": "bf16", "max_train_steps": 3}
-    loaded_trainer(options(tiny_checkpoint(), data, tmp_path / "one", **changed)).run()
-    code, errors = run_sharded(tiny_checkpoint(), data, tmp_path / "sharded", **changed)
-    assert code == 0, errors[-3000:]
-    assert losses_of(tmp_path / "sharded") == pytest.approx(losses_of(tmp_path / "one"), abs=5e-3)
-    adapter = load_file(tmp_path / "sharded" / "checkpoint-3" / ADAPTER_STATE_NAME)
+def test_a_dora_is_trained_alike_by_two_sharded_processes(tiny_checkpoint, data, sharded, tmp_path):
+    loaded_trainer(options(tiny_checkpoint(), data, tmp_path, **DORA)).run()
+    assert_equal_runs(sharded / "dora", tmp_path, f"checkpoint-2/{ADAPTER_STATE_NAME}")
+
+
+@pytest.mark.slow
+def test_bfloat16_stays_as_near_to_one_process_as_it_is_exact(tiny_checkpoint, data, sharded, tmp_path):
+    loaded_trainer(options(tiny_checkpoint(), data, tmp_path, **BF16)).run()
+    assert losses_of(sharded / "bf16") == pytest.approx(losses_of(tmp_path), abs=5e-3)
+    adapter = load_file(sharded / "bf16" / "checkpoint-3" / ADAPTER_STATE_NAME)
     assert all(value.dtype == torch.float32 for value in adapter.values())
 
 

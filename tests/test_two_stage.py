@@ -1,9 +1,12 @@
 """Two stages: one call, one transformer, adapters switched by weight; and the recorded second stage."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 
 from conftest import families
 from diffusers_idlora import RECIPES, LTX2IDLoRAPipeline, LTX2IDLoRATwoStagePipeline, TextContext
@@ -59,10 +62,10 @@ def inputs():
     return {"image": demo_face(128), "reference_audio": demo_voice(2.5)}
 
 
-def adapter_state(pipe):
+def adapter_state(pipe, model="transformer"):
     return [
         (list(layer.active_adapters), dict(layer.scaling), [weight.requires_grad for weight in layer.parameters()])
-        for layer in pipe.transformer.modules()
+        for layer in getattr(pipe, model).modules()
         if isinstance(layer, BaseTunerLayer)
     ]
 
@@ -184,6 +187,49 @@ def test_without_a_distilled_adapter_stage_two_is_the_bare_model(pipe, inputs):
     pipe(**arguments)
     hook.remove()
     assert active[0] == ["id_lora"] and active[-1] == []
+
+
+def test_a_clip_goes_on_at_its_own_size(pipe, inputs):
+    earlier = (torch.rand(17, 3, 128, 192), torch.zeros(1, 24000))
+    arguments = {"reference_audio": inputs["reference_audio"], **SMALL | {"output_type": "pt"}}
+    assert pipe(**arguments, continue_from=earlier).frames.shape[-2:] == (128, 192)
+
+
+@pytest.fixture
+def with_connectors(adapters, tmp_path):
+    """A pipeline whose distilled LoRA has weights for the text connectors too."""
+    pipe = LTX2IDLoRATwoStagePipeline(**tiny_components(), latent_upsampler=tiny_latent_upsampler())
+    pipe.set_progress_bar_config(disable=True)
+    id_lora, distilled = adapters("ltx-2.3")
+    weights = {f"transformer.{k.removeprefix('diffusion_model.')}": v for k, v in load_file(distilled).items()}
+    linear = pipe.connectors.video_text_proj_in
+    for name, shape in (("A", (4, linear.in_features)), ("B", (linear.out_features, 4))):
+        weights[f"connectors.video_text_proj_in.lora_{name}.weight"] = torch.ones(shape)
+    pipe.load_lora_weights(weights, adapter_name="distilled")
+    pipe.load_lora_weights(id_lora, adapter_name="id_lora")
+    return pipe
+
+
+def test_a_distilled_lora_with_weights_for_the_connectors_is_switched_off_there_too(with_connectors, inputs):
+    pipe = with_connectors
+    assert pipe.get_list_adapters()["connectors"] == ["distilled"]
+    assert pipe.active_transformer_adapters() == ["id_lora"]
+    before = adapter_state(pipe) + adapter_state(pipe, "connectors")
+    switched = pipe(**inputs, **SMALL, height=128, width=128, generator=seeded())
+    assert adapter_state(pipe) + adapter_state(pipe, "connectors") == before
+    for layer in pipe.connectors.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter([])
+    without = pipe(**inputs, **SMALL, height=128, width=128, generator=seeded())
+    assert torch.equal(switched.audio, without.audio)
+
+
+def test_from_pipe_takes_what_the_adapters_recommend_along(adapters):
+    pipe = make_pipeline(adapters)
+    metadata = {"recommended": {"identity_guidance_scale": 1.5}}
+    pipe._adapters["id_lora"] = replace(pipe._adapters["id_lora"], metadata=metadata)
+    assert pipe.recommended_identity_guidance_scale == 1.5
+    assert LTX2IDLoRAPipeline.from_pipe(pipe).recommended_identity_guidance_scale == 1.5
 
 
 def test_lead_in_is_trimmed_once_at_the_end(pipe, inputs):

@@ -1,12 +1,13 @@
 """The training script with FSDP2 on CPUs, where accelerate does not switch it on by itself."""
 
 import importlib.util
+import json
 import os
 import sys
 
 import torch.distributed.fsdp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from training_run import SCRIPT
@@ -23,6 +24,7 @@ ENVIRONMENT = {
 
 def use_fsdp(precision="no"):
     """Sets accelerate's state to what it is under `ENVIRONMENT` where there are GPUs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     state = Accelerator(mixed_precision=precision, cpu=True).state
     plugin = FullyShardedDataParallelPlugin()
     if precision != "no":
@@ -31,9 +33,8 @@ def use_fsdp(precision="no"):
     PartialState().distributed_type = DistributedType.FSDP
 
 
-def main(arguments):
+def run(arguments):
     """Runs the script; fails if it did not shard block by block."""
-    os.environ.update(ENVIRONMENT)
     use_fsdp(arguments[arguments.index("--mixed_precision") + 1])
     sharded, fully_shard = [], torch.distributed.fsdp.fully_shard
 
@@ -46,9 +47,21 @@ def main(arguments):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     code = script.main(arguments)
+    torch.distributed.fsdp.fully_shard = fully_shard
     assert all(any(block is module for module in sharded) for block in sharded[-1].transformer_blocks)
     return code
 
 
+def main(runs):
+    """Runs the script with one command line after the other: processes take far longer to start than to train."""
+    os.environ.update(ENVIRONMENT)
+    destroy_process_group = PartialState.destroy_process_group
+    # The processes stay together from one run to the next.
+    PartialState.destroy_process_group = lambda self, group=None: None
+    codes = [run(arguments) for arguments in runs]
+    destroy_process_group(PartialState())
+    return max(codes)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(json.loads(sys.argv[1])))

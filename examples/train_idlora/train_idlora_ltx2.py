@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer.check_hub()
         trainer.load_model()
         trainer.run()
+        if not trainer.was_stopped:
+            finish(trainer, trainer.validate())
+            trainer.end()
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -48,11 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"Error: a file could not be written ({error}); the last checkpoint is intact.", file=sys.stderr)  # noqa: T201
         return 1
-    if trainer.was_stopped:
-        return 0
-    videos = trainer.validate()
-    finish(trainer, videos)
-    trainer.end()
     return 0
 
 

@@ -1,40 +1,54 @@
 """
-The command line: `idlora generate`, `idlora inspect` and `idlora demo`.
+The command line: `idlora generate`, `idlora inspect` and `idlora demo`; `chain`, `convert` and `push` are beside it.
 
 torch and diffusers are imported inside the commands, so that help and mistakes are answered at once.
 """
 
 import dataclasses
-import inspect
-import logging
-import os
+import signal
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
-from . import cli_adapters, generation, prompts_file
+from . import cli_adapters, cli_chain, prompts_file
+from .cli_messages import (
+    fail,
+    in_one_sentence,
+    is_out_of_memory,
+    load,
+    report_done,
+    report_row,
+    say_path,
+    set_up_logging,
+    silence_progress_bars,
+    stages,
+)
+from .cli_options import (
+    FORCE,
+    GUIDANCE_PARALLEL,
+    OVERWRITE,
+    VERBOSE,
+    Wanted,
+    check_single,
+    is_first_process,
+    options_of,
+    sharing_passes,
+)
 from .generation import Clip
-from .settings import ClipSettings, ModelSettings, with_absolute_models, with_absolute_paths
-from .values import alternatives, checked_value, user_path
+from .settings import ClipSettings, ModelSettings
+from .values import user_path
 
 
-# Not by `__name__`, which is `__main__` under `python -m`.
-logger = logging.getLogger(f"{__package__}.cli")
-# Progress, warnings and errors; what a command answers goes to standard output.
-console = Console(stderr=True)
-# The libraries that are silenced, and what their environment variables begin with.
-LIBRARIES = {"diffusers": "DIFFUSERS", "transformers": "TRANSFORMERS", "huggingface_hub": "HF_HUB"}
+if TYPE_CHECKING:
+    from .guidance_processes import OneProcess
 
 
 class OneLineErrors(TyperGroup):
@@ -61,86 +75,12 @@ class OneLineErrors(TyperGroup):
         sys.exit(code or 0)
 
 
-def fail(message: str) -> int:
-    """Prints the message as one line on standard error; returns the exit code for a user's mistake."""
-    typer.echo(f"Error: {' '.join(message.split())}", err=True)
-    return 2
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether main memory or an accelerator's memory ran out."""
-    # Not by its class, which would import torch for every command; torch has none for main memory.
-    named = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return named or isinstance(error, MemoryError)
-
-
-def in_one_sentence(error: Exception) -> str:
-    """What to tell the user of an error."""
-    if is_out_of_memory(error):
-        return "the memory is full; use --offload group or sequential, or a smaller size or length."
-    return str(error) or type(error).__name__
-
-
 app = typer.Typer(
     cls=OneLineErrors,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="A prompt, a face image and a short voice recording to one talking video, with ID-LoRA on LTX-2.",
 )
-
-
-def options_of(*classes: type) -> Callable:
-    """
-    Gives a command one option for each field of the settings classes, handed over in its `**given`.
-
-    An option that the user did not give is `None`, so that a record or a prompts file can tell it from the default.
-    """
-
-    def decorate(command: Callable) -> Callable:
-        own = [item for item in inspect.signature(command).parameters.values() if item.kind is not item.VAR_KEYWORD]
-        parameters = own + [option_of(item) for cls in classes for item in dataclasses.fields(cls)]
-        command.__signature__ = inspect.Signature(parameters)
-        command.__annotations__ = {item.name: item.annotation for item in parameters}
-        return command
-
-    return decorate
-
-
-def option_of(item: dataclasses.Field) -> inspect.Parameter:
-    """The command line option for one field of a settings class."""
-    kinds, _ = alternatives(item.type)
-    # Words, and numbers beside words, are told apart by `of_class`.
-    kind = str if any(get_origin(part) is Literal for part in kinds) else kinds[0]
-    part = get_args(kind)[0] if get_origin(kind) is tuple else kind
-    default = item.metadata["shown"] or ("" if item.default in (None, ()) else str(item.default))
-    name = "--" + item.name.replace("_", "-")
-    option = typer.Option(
-        f"{name}/--no-{name[2:]}" if kind is bool else name,
-        help=f"{item.metadata['help']} (default: {default})" if default else item.metadata["help"],
-        # Short ones: beside long ones the names of the options would be cut off in a terminal of 80 columns.
-        metavar={int: "N", float: "X", bool: ""}.get(part, "TEXT"),
-        rich_help_panel=item.metadata["panel"],
-        show_default=False,
-    )
-    annotation = kind if kind is part else list[part]
-    return inspect.Parameter(
-        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option]
-    )
-
-
-def of_class(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `given` that belong to the settings class and that the user gave."""
-    values = {}
-    for item in dataclasses.fields(cls):
-        value = given.get(item.name)
-        if value not in (None, [], ()):
-            is_number = int in alternatives(item.type)[0] and isinstance(value, str) and value.isdecimal()
-            values[item.name] = checked_value(item.name, int(value) if is_number else value, item.type)
-    return values
-
-
-OVERWRITE = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace files that are already there.")]
-VERBOSE = Annotated[bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages, and tracebacks.")]
 
 
 @app.command()
@@ -159,10 +99,18 @@ def generate(
         str | None,
         typer.Option("--from", metavar="PATH", help="Make a record's clip again; other options replace its own."),
     ] = None,
+    together: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With --prompts-file: rows that go through each model together. (default: all with --offload model, "
+            "which moves each model once, else 1)",
+        ),
+    ] = None,
+    guidance_parallel: GUIDANCE_PARALLEL = False,
     overwrite: OVERWRITE = False,
-    force: Annotated[
-        bool, typer.Option("--force", metavar="", help="With --from: accept input files that have changed.")
-    ] = False,
+    force: FORCE = False,
     verbose: VERBOSE = False,
     **given: Any,
 ) -> None:
@@ -170,106 +118,105 @@ def generate(
     set_up_logging(verbose)
     if prompts_path is not None and record_path is not None:
         raise ValueError("`prompts_file` and `from` are both given; give one.")
-    given_models = of_class(ModelSettings, given)
-    given_settings = with_absolute_paths(of_class(ClipSettings, given), Path.cwd())
-    models, settings, earlier = ModelSettings(), ClipSettings(), None
-    if record_path is not None:
-        record = user_path("from", record_path)
-        models, settings, earlier = generation.read_record(record)
-        output = str(record.with_suffix(".mp4")) if output is None else output
-    if "base" in given_models:
-        # The recorded commit is one of the recorded base.
-        given_models.setdefault("base_revision", None)
-    models = with_absolute_models(dataclasses.replace(models, **given_models))
-    settings = settings.updated(given_settings)
+    record = None if record_path is None else user_path("from", record_path)
+    wanted = Wanted.from_options(given, record)
+    if record is not None and output is None:
+        output = str(record.with_suffix(".mp4"))
     if output is None:
         raise ValueError("`output` is missing; give `--output` with the mp4 to write.")
-    if prompts_path is not None:
-        folder = user_path("output", output)
-        generate_rows(models, settings, user_path("prompts_file", prompts_path), folder, overwrite)
+    if wanted.record is not None and "lines" in wanted.record:
+        raise ValueError(f"`from` {record_path} is the record of chained clips; use `idlora chain --from`.")
+    if prompts_path is None and together is not None:
+        raise ValueError(f"`together` is {together}, which is for several clips; give `--prompts-file` too.")
+    if prompts_path is None and not guidance_parallel and not is_first_process():
         return
-    clip = Clip(settings, user_path("output", output), overwrite)
-    models.check()
-    clip.check()
-    if settings.reference_audio and models.lora is None:
-        logger.warning("`lora` is not given: without an ID-LoRA the voice will not follow `reference_audio`.")
-    if earlier is not None and not force:
-        generation.check_unchanged(earlier, models, settings, replaced={*given_models, *given_settings})
-        warn_of_other_versions(earlier)
-    generate_one(models, clip)
+    with sharing_passes(guidance_parallel, wanted.models) as processes:
+        if prompts_path is not None:
+            prompts, folder = user_path("prompts_file", prompts_path), user_path("output", output)
+            rows = prompts_file.clips_of_file(prompts, wanted.settings, folder, overwrite)
+            generate_rows(rows, wanted.models, prompts, together, processes)
+            return
+        clip = Clip(wanted.settings, user_path("output", output), overwrite)
+        check_single(wanted, clip, force, processes)
+        generate_one(wanted.models, clip, processes)
 
 
-def generate_one(models: ModelSettings, clip: Clip) -> None:
+def generate_one(models: ModelSettings, clip: Clip, processes: "OneProcess") -> None:
     """Loads the models, makes one clip and says where it is."""
     with stages() as report:
-        pipe = load(models, report)
-        generation.generate_clip(pipe, models, clip, report)
-    say_path(clip.output)
+        pipe = load(models, report, processes)
+    for _, error in generate_clips(pipe, models, {0: clip}):
+        if error is not None:
+            raise error
+    if processes.is_first:
+        say_path(clip.output)
 
 
-def say_path(path: Path) -> None:
-    """Prints a path as the bytes that it is made of, which need not be text."""
-    typer.echo(bytes(path))
-
-
-def generate_rows(models: ModelSettings, settings: ClipSettings, prompts: Path, folder: Path, overwrite: bool) -> None:
-    """Makes the clips of a prompts file: skips what is there, reports what fails, ends in exit code 1 if any did."""
-    clips, failures, records = [], 0, set()
-    for index, row in enumerate(prompts_file.read_prompts_file(prompts)):
-        # Whatever is wrong with one row, the others go on.
-        try:
-            clip = prompts_file.clip_of_row(row, index, settings, prompts.absolute().parent, folder)
-            clip = dataclasses.replace(clip, overwrite=overwrite)
-            if clip.record in records:
-                raise ValueError(f"`output` {clip.output.name!r} is also that of an earlier row; give another name.")
-            records.add(clip.record)
-            if clip.is_done and not overwrite:
-                report_done(index, clip)
-                continue
-            clip.check(also_inputs=(prompts,))
-            clips.append((index, clip))
-        except Exception as error:
-            failures += report_row(index, error)
-    if clips:
-        models.check()
-        with stages() as report:
-            pipe = load(models, report)
-        for index, clip in clips:
-            try:
-                with stages() as report:
-                    generation.generate_clip(pipe, models, clip, report)
-                say_path(clip.output)
-            except Exception as error:
-                failures += report_row(index, error)
+def generate_rows(
+    rows: list[Clip | Exception],
+    models: ModelSettings,
+    prompts: Path,
+    together: int | None,
+    processes: "OneProcess",
+) -> None:
+    """
+    Makes the clips of a prompts file, or of several processes' this one's share: skips what is there, reports what
+    fails, ends in exit code 1 if any did.
+    """
+    sharing = prompts_file.RowSharing(alone=processes.shares_passes)
+    if together is None:
+        together = -(-len(rows) // sharing.num_processes) if models.offload == "model" else 1
+    looked_at = processes.from_first(
+        lambda: {
+            index: look_at_row(index, row, models, prompts, is_own=True)
+            for index, row in enumerate(rows)
+            if sharing.is_own(index)
+        }
+    )
+    failures, pipe = sum(isinstance(found, Exception) for found in looked_at.values()), None
+    for portion in sharing.portions(len(rows), together):
+        for index in set(portion) - set(looked_at):
+            looked_at[index] = look_at_row(index, rows[index], models, prompts, is_own=False)
+        clips = {index: looked_at[index] for index in portion if isinstance(looked_at[index], Clip)}
+        if clips and pipe is None:
+            models.check()
+            with stages() as report:
+                pipe = load(models, report, processes)
+        for index, error in generate_clips(pipe, models, clips):
+            if error is None and processes.is_first:
+                say_path(clips[index].output)
+            elif error is not None:
+                failures += 1
+                report_row(index, error, is_own=processes.is_first)
+    sharing.finish(failures)
     if failures:
         raise typer.Exit(1)
 
 
-def report_done(index: int, clip: Clip) -> None:
-    """Says that a row's clip is already there, and warns where the row has changed since."""
-    typer.echo(bytes(clip.output) + b" is already there")
-    if changed := clip.changed_settings():
-        logger.warning(
-            "row %d: %s was made with other settings (%s); pass --overwrite to make it again.",
-            index,
-            clip.output,
-            ", ".join(changed),
-        )
+def look_at_row(
+    index: int, row: Clip | Exception, models: ModelSettings, prompts: Path, is_own: bool
+) -> Clip | Exception | None:
+    """The clip of a row that is to be made, `None` where it is there, or what is wrong; says both where `is_own`."""
+    try:
+        if isinstance(row, Exception):
+            raise row
+        if row.is_done and not row.overwrite:
+            if is_own:
+                report_done(index, row)
+            return None
+        row.check(models, also_inputs=(prompts,))
+        return row
+    except Exception as error:
+        report_row(index, error, is_own)
+        return error
 
 
-def report_row(index: int, error: Exception) -> int:
-    """Says on one line what is wrong with a row, counted from 0 as its seed and file name are; returns 1."""
-    logger.debug("Row %d failed.", index, exc_info=error)
-    fail(f"row {index}: {in_one_sentence(error)}")
-    return 1
+def generate_clips(pipe: Any, models: ModelSettings, clips: dict[int, Clip]) -> Iterator[tuple[int, Exception | None]]:
+    """As `batch.generate_clips`, which is imported only where there is something to do, with progress bars."""
+    if clips:
+        from . import batch
 
-
-def warn_of_other_versions(record: Mapping[str, Any]) -> None:
-    """Warns where the packages differ from those that made the record: the clip may then differ too."""
-    before, now = record["versions"], generation.versions()
-    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
-    if changed:
-        logger.warning("Other versions than in the record: %s.", ", ".join(changed))
+        yield from batch.generate_clips(pipe, models, clips, stages)
 
 
 @app.command("inspect")
@@ -321,7 +268,8 @@ def demo(
     clip = Clip(settings, user_path("output", output))
     clip = dataclasses.replace(clip, overwrite=overwrite or is_demo_result(clip))
     clip.check()
-    generate_one(models, clip)
+    with sharing_passes(False, models) as processes:
+        generate_one(models, clip, processes)
     typer.echo(b"Play it with any player; its settings and hashes are in " + bytes(clip.record))
 
 
@@ -332,69 +280,14 @@ def is_demo_result(clip: Clip) -> bool:
     return clip.is_done and Path(str(clip.earlier()["models"]["base"])).is_relative_to(cache_folder())
 
 
-def load(models: ModelSettings, report: generation.Report) -> Any:
-    """The pipeline, loaded under a bar of ours instead of the libraries' own."""
-    silence_progress_bars()
-    report("Loading", 0, None)
-    pipe = generation.load_models(models)
-    report("Loading", 1, 1)
-    return pipe
-
-
-def silence_progress_bars() -> None:
-    """Switches the libraries' own bars off."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-@contextmanager
-def stages() -> Iterator[generation.Report]:
-    """Progress bars, one for each stage of a run, shown in a terminal while the `with` block lasts."""
-    columns = SpinnerColumn(), TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
-        tasks = {}
-
-        def report(stage: str, done: int, total: int | None) -> None:
-            logger.debug("%s: %d of %s", stage, done, total or "?")
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
-
-        yield report
-
-
-class OneLineMessages(logging.Handler):
-    """Prints each message on one line, above the progress bars."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Prints `record`."""
-        text = f"{record.levelname.capitalize()}: {self.format(record)}"
-        if record.exc_info is None:
-            text = " ".join(text.split())
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
-def set_up_logging(verbose: bool) -> None:
-    """Shows our own warnings as one line each, and silences the libraries' unless `verbose`."""
-    ours = logging.getLogger(__package__)
-    ours.handlers = [OneLineMessages()]
-    ours.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    if not verbose:
-        warnings.filterwarnings("ignore")
-        for library, variable in LIBRARIES.items():
-            # The variable counts where the library is imported later, the level where it is imported already.
-            os.environ.setdefault(f"{variable}_VERBOSITY", "error")
-            logging.getLogger(library).setLevel(logging.ERROR)
-
-
 cli_adapters.register(app)
+cli_chain.register(app)
 
 
 def main() -> None:
     """Entry point of `idlora`."""
+    # A launcher ends its processes so; this way they remove what is half-made.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .audio import as_waveform, check_sampling_rate
+from .audio import MAX_PEAK, as_waveform, check_sampling_rate
 from .media import read_video
 
 
@@ -47,14 +47,14 @@ def read_earlier_clip(source: Any, frame_rate: float, sampling_rate: int, name: 
     Args:
         source (path, or `(frames, audio)`):
             A video file with sound, or frames as the pipeline returns them for one clip (PIL images, an array
-            `[F, height, width, 3]` or a tensor `[F, 3, height, width]` from 0 to 1) with a waveform
-            `[channels, samples]` or a `(waveform, sampling_rate)` pair.
+            `[F, height, width, 3]` or a tensor `[F, 3, height, width]`, from 0 to 1 or uint8) with a waveform
+            `[channels, samples]` or a `(waveform, sampling_rate)` pair. The sound may be silent.
         frame_rate (`float`): That of the clip to make, which that of a file must be equal to.
         sampling_rate (`int`): In Hz, of a waveform that comes without one: the pipeline's own.
         name (`str`, defaults to `"continue_from"`): The argument that messages name.
 
     Raises:
-        ValueError: If it can't be read, has no sound, or another frame rate.
+        ValueError: If it can't be read, has no sound, another frame rate, or values that are out of range.
     """
     if isinstance(source, (str, os.PathLike)):
         frames, rate, waveform, sampling_rate = read_video(source, name)
@@ -68,18 +68,28 @@ def read_earlier_clip(source: Any, frame_rate: float, sampling_rate: int, name: 
     frames, audio = source
     if isinstance(audio, (tuple, list)) and len(audio) == 2:
         audio, sampling_rate = audio
-    return EarlierClip(_uint8_frames(frames, name), as_waveform(audio, name), check_sampling_rate(sampling_rate, name))
+    waveform = as_waveform(audio, name)
+    # Written so that a sample that is no number fails too.
+    if not waveform.numel() or not waveform.abs().max() <= MAX_PEAK:
+        raise ValueError(f"`{name}` has sound that is empty or out of range; give samples from -1 to 1.")
+    return EarlierClip(_uint8_frames(frames, name), waveform, check_sampling_rate(sampling_rate, name))
 
 
 def _uint8_frames(frames: Any, name: str) -> np.ndarray:
     if isinstance(frames, Sequence) and frames and all(isinstance(frame, PIL.Image.Image) for frame in frames):
+        if len({frame.size for frame in frames}) > 1:
+            raise ValueError(f"`{name}` has frames of several sizes; give frames of one size.")
         frames = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
-    elif isinstance(frames, torch.Tensor):
-        frames = frames.detach().cpu().movedim(1, -1).numpy() if frames.ndim == 4 else frames
+    elif isinstance(frames, torch.Tensor) and frames.ndim == 4:
+        # There is no bfloat16 in NumPy.
+        frames = (frames.float() if frames.is_floating_point() else frames).detach().cpu().movedim(1, -1).numpy()
     if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"`{name}` has frames of a kind that is not known; give PIL images, an array or a tensor.")
     if frames.dtype == np.uint8:
         return frames
+    # Written so that a value that is no number fails too.
+    if frames.dtype.kind != "f" or not (frames.size and frames.min() >= -0.01 and frames.max() <= 1.01):
+        raise ValueError(f"`{name}` has frames of {frames.dtype} values; give uint8, or numbers from 0 to 1.")
     return (np.clip(frames, 0.0, 1.0) * 255).round().astype(np.uint8)
 
 

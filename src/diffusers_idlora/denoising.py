@@ -179,6 +179,8 @@ class Denoiser:
             An approximation: the copy attends to a video that has seen the target with the reference. That pass's
             video stands in for the one without the reference.
         parallel ([`GuidanceParallel`], *optional*): Shares the passes of a step among processes.
+        motion_speed (`float`, defaults to `1.0`):
+            What the times in `video_positions` are multiplied by, those of `audio_positions` not.
     """
 
     transformer: LTX2VideoTransformer3DModel
@@ -198,6 +200,7 @@ class Denoiser:
     audio_conditioning_mask: torch.Tensor | None = None
     identity_guidance_mode: str = "exact"
     parallel: GuidanceParallel | None = None
+    motion_speed: float = 1.0
 
     def __post_init__(self):
         if self.identity_guidance_mode not in IDENTITY_GUIDANCE_MODES:
@@ -330,7 +333,8 @@ class Denoiser:
             turns = self.references.turns
             audio_visibility = turns.audio_visibility(self.audio_positions).repeat(len(rows), 1, 1)
             if not self.mask_video_from_reference:
-                video_visibility = turns.video_visibility(self.video_positions, layout.num_target_tokens)
+                positions = self.video_positions / self.motion_speed
+                video_visibility = turns.video_visibility(positions, layout.num_target_tokens)
                 video_visibility = video_visibility.repeat(len(rows), 1, 1)
         return AttentionRules(
             layout,

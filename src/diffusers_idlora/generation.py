@@ -21,6 +21,9 @@ from .values import checked_value, checked_values, first_line
 
 
 VERSIONED_PACKAGES = ("diffusers-idlora", "diffusers", "torch", "transformers", "peft")
+ONE_STAGE_MODELS = ModelSettings()
+# The second of two stages refines what the first has denoised at half the size.
+DENOISING, REFINING = "Denoising", "Refining"
 # Told the stage, how much of it is done, and of how much (`None` where that is unknown).
 Report = Callable[[str, int, int | None], None]
 
@@ -73,17 +76,23 @@ class Clip:
             return None
 
     def changed_settings(self) -> list[str]:
-        """Names of the settings that differ from those of the record that is there; a seed left out fits any."""
+        """Names of the settings that differ from those of the record there; what is settled later fits any."""
         earlier, now = read_record(self.record)[1], self.settings.resolved()
-        fits = {"seed"} if self.settings.seed is None else set()
+        fits = {name for name in ("seed", "identity_guidance_scale") if getattr(self.settings, name) is None}
         names = [item.name for item in dataclasses.fields(now) if item.name not in fits]
         return [name for name in names if getattr(earlier, name) != getattr(now, name)]
 
-    def check(self, also_inputs: tuple[Path, ...] = ()) -> None:
+    def check_settings(self, models: ModelSettings) -> None:
+        """Raises a `ValueError` for settings that are wrong, alone or with these models."""
+        self.settings.check()
+        check_recipe(models, self.settings)
+
+    def check(self, models: ModelSettings = ONE_STAGE_MODELS, also_inputs: tuple[Path, ...] = ()) -> None:
         """
         Raises a `ValueError` where the clip cannot be made, or would cost the user a file.
 
         Args:
+            models (`ModelSettings`, *optional*): What it is to be made with.
             also_inputs (`tuple[Path, ...]`, *optional*): Further files that must never be written over.
         """
         from .media import check_output_path
@@ -99,67 +108,47 @@ class Clip:
                     f"`output` {target} is already there{stranger}; move it away, give another name or pass "
                     "--overwrite."
                 )
-        self.settings.check()
+        self.check_settings(models)
         # Last, so that a mistake elsewhere leaves no new folder behind.
         check_output_path(self.output, create=True)
+
+
+def check_recipe(models: ModelSettings, settings: ClipSettings) -> None:
+    """Raises a `ValueError` for settings that the recipe's pipeline does not have or cannot work with."""
+    for name in ("stage_2_sigmas", "distilled_scales"):
+        if getattr(settings, name) and not models.has_two_stages:
+            raise ValueError(f"`{name}` is for two stages, but `recipe` is {models.recipe!r}; leave it out.")
+    for name in ("height", "width"):
+        size = getattr(settings, name)
+        if models.has_two_stages and size is not None and size % 64:
+            raise ValueError(
+                f"`{name}` must be a multiple of 64 with `recipe` {models.recipe!r}, but it is {size}; take "
+                f"{max(64, size // 64 * 64)}."
+            )
 
 
 @in_the_users_words()
 def load_models(models: ModelSettings) -> Any:
     """
-    The pipeline with its adapter, placed as `models` says.
+    The pipeline of the recipe with its adapters, placed as `models` says, and ready for many clips.
 
     Raises:
         ValueError: The checkpoint or the adapter cannot be loaded.
     """
-    import torch
-    from safetensors import SafetensorError
+    from .batch import BatchPipeline, BatchTwoStagePipeline
+    from .memory import load_pipeline
 
-    from . import LTX2IDLoRAPipeline
-
-    try:
-        index = LTX2IDLoRAPipeline.load_config(models.base, revision=models.base_revision)
-        if "LTX2VideoTransformer3DModel" not in (index.get("transformer") or ()):
-            raise OSError(f"it holds a {index.get('_class_name')} without an LTX-2 transformer")
-        pipe = LTX2IDLoRAPipeline.from_pretrained(
-            models.base, revision=models.base_revision, dtype=getattr(torch, models.dtype)
-        )
-    # Beside the first two, what the libraries raise on files that are whole but say something wrong.
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ValueError(
-            f"`base` {models.base} cannot be loaded ({first_line(error)}); give a complete folder in diffusers layout "
-            "or a Hub repository that can be reached."
-        ) from error
-    if models.lora is not None:
-        pipe.load_lora_weights(models.lora, weight_name=models.lora_weight_name, adapter_name="id_lora")
-        pipe.set_adapters("id_lora", models.lora_scale)
-    place(pipe, models)
-    if models.compile:
-        # The kinds of passes in several sizes are more graphs than the 8 that torch allows a block by default.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return load_pipeline(models, BatchTwoStagePipeline if models.has_two_stages else BatchPipeline)
 
 
-def place(pipe: Any, models: ModelSettings) -> None:
-    """Moves the pipeline to its device, or installs the offloading that `models` asks for."""
-    import torch
-
-    device = torch.device(models.device or default_device())
-    if models.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif models.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    elif models.offload == "group":
-        pipe.enable_group_offload(
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="leaf_level",
-            use_stream=device.type == "cuda",
-        )
-    else:
-        pipe.to(device)
+def call_arguments(pipe: Any, models: ModelSettings, settings: ClipSettings) -> dict[str, Any]:
+    """Keyword arguments of the call that makes the clip of settled settings."""
+    arguments = settings.call_arguments()
+    if models.has_two_stages:
+        arguments["distilled_adapter"] = "distilled" if models.has_distilled_lora else None
+    if pipe.processes.shares_passes:
+        arguments["guidance_parallel"] = True
+    return arguments
 
 
 @in_the_users_words()
@@ -176,36 +165,67 @@ def generate_clip(pipe: Any, models: ModelSettings, clip: Clip, report: Report) 
     Raises:
         ValueError: The pipeline refuses the settings, or the results cannot be written.
     """
-    settings = clip.settings.resolved()
-    # Before the models run, so that the record speaks of the files that were read.
-    hashes = file_hashes(models, settings)
+    settings = clip.settings.resolved(pipe.recommended_identity_guidance_scale)
+    # Before the models run, so that it speaks of the files that were read.
+    record = make_record(models, settings)
+    arguments = call_arguments(pipe, models, settings)
+    result = pipe(**arguments, callback_on_step_end=step_reporter(models, report))
+    finish_clip(pipe, clip, record, result.frames[0], result.audio[0], report)
+
+
+def step_reporter(models: ModelSettings, report: Report) -> Callable:
+    """A callback of the pipeline's steps that tells `report` of them, by the stages of the recipe."""
+    ahead, begun = [DENOISING, REFINING] if models.has_two_stages else [DENOISING], []
 
     def after_step(pipe, step, timestep, tensors):
-        report("Denoising", step + 1, pipe.num_timesteps)
-        if step + 1 == pipe.num_timesteps:
+        if step == 0:
+            begun.append(ahead.pop(0))
+        report(begun[-1], step + 1, pipe.num_timesteps)
+        if step + 1 == pipe.num_timesteps and not ahead:
             report("Decoding", 0, None)
         return tensors
 
-    result = pipe(**settings.call_arguments(), callback_on_step_end=after_step)
-    report("Decoding", 1, 1)
-    frames, audio = result.frames[0], result.audio[0].float().cpu()
-    facts = {
-        "width": frames[0].width,
-        "height": frames[0].height,
-        "num_frames": len(frames),
-        "seconds": len(frames) / settings.frame_rate,
-        "sampling_rate": pipe.vocoder.config.output_sampling_rate,
-    }
-    record = {
+    return after_step
+
+
+def make_record(models: ModelSettings, settings: ClipSettings) -> dict:
+    """The record of a clip with settled settings, but for what is only known once it is made."""
+    return {
         "notice": synthetic_notice()["comment"],
-        "output": {"file": clip.output.name} | facts,
+        "output": {},
         "models": dataclasses.asdict(models)
         | {"device": models.device or default_device(), "base_revision": base_commit(models)},
         "settings": dataclasses.asdict(settings),
-        "files": hashes,
+        "files": file_hashes(models, settings),
         "versions": versions(),
     }
-    write_result(clip, record, frames, audio, report)
+
+
+def finish_clip(pipe: Any, clip: Clip, record: dict, frames: list, audio: Any, report: Report) -> None:
+    """
+    Completes the record of a clip, and writes it and the mp4.
+
+    Args:
+        pipe (`LTX2IDLoRAPipeline`): What made it.
+        clip (`Clip`): Where to write.
+        record (`dict`): As `make_record` returns it.
+        frames (`list[PIL.Image.Image]`): The picture.
+        audio (`torch.Tensor`): The sound, `[channels, samples]`.
+        report (`Report`): Told of the stages Decoding and Writing.
+
+    Raises:
+        ValueError: They cannot be written.
+    """
+    report("Decoding", 1, 1)
+    record["output"] = {
+        "file": clip.output.name,
+        "width": frames[0].width,
+        "height": frames[0].height,
+        "num_frames": len(frames),
+        "seconds": len(frames) / record["settings"]["frame_rate"],
+        "sampling_rate": pipe.vocoder.config.output_sampling_rate,
+    }
+    write_result(clip, record, frames, audio.float().cpu(), report)
 
 
 def write_result(clip: Clip, record: dict, frames: list, audio: Any, report: Report) -> None:
@@ -262,27 +282,36 @@ def synthetic_notice() -> dict[str, str]:
     }
 
 
-def adapter_file(models: ModelSettings) -> Path | None:
-    """The adapter's file on this machine, downloaded already or local; `None` without an adapter."""
+def adapter_files(models: ModelSettings) -> dict[str, list[Path]]:
+    """The files of the adapters on this machine, downloaded already or local, by setting."""
     from .adapter_files import find_adapter_file
 
-    if models.lora is None:
-        return None
-    return find_adapter_file(models.lora, weight_name=models.lora_weight_name, name="lora")
+    found = {}
+    if models.lora is not None:
+        found["lora"] = [find_adapter_file(models.lora, weight_name=models.lora_weight_name, name="lora")]
+    if models.has_distilled_lora:
+        weight_name = models.distilled_weight_name
+        found["distilled_lora"] = [
+            find_adapter_file(models.distilled_lora, weight_name=weight_name, name="distilled_lora")
+        ]
+    return found
 
 
 def file_hashes(models: ModelSettings, settings: ClipSettings) -> dict[str, list[dict[str, str]]]:
-    """Path and SHA-256 of every file that a clip is made of, by setting: image, reference_audio, lora, base."""
+    """Path and SHA-256 of every file that a clip is made of, by setting: image, reference_audio, lora, base, ..."""
     from .media import file_sha256
 
-    files = settings.files()
-    if (adapter := adapter_file(models)) is not None:
-        files["lora"] = [adapter]
+    files = settings.files() | adapter_files(models)
     hashes = {
         name: [{"path": str(path), "sha256": file_sha256(path)} for path in paths] for name, paths in files.items()
     }
-    if os.path.isdir(models.base):
-        hashes["base"] = [{"path": models.base, "sha256": checkpoint_sha256(Path(models.base))}]
+    if models.transformer_file is not None and os.path.isfile(models.transformer_file):
+        path = models.transformer_file
+        hashes["transformer_file"] = [{"path": path, "sha256": weights_sha256(Path(path))}]
+    for name in ("base", "upsampler"):
+        folder = getattr(models, name)
+        if folder is not None and os.path.isdir(folder):
+            hashes[name] = [{"path": folder, "sha256": checkpoint_sha256(Path(folder))}]
     return hashes
 
 
@@ -296,6 +325,12 @@ def checkpoint_sha256(folder: Path) -> str:
             content = file_sha256(path) if path.suffix == ".json" else path.stat().st_size
             digest.update(os.fsencode(f"{path.relative_to(folder).as_posix()} {content}\n"))
     return digest.hexdigest()
+
+
+def weights_sha256(file: Path) -> str:
+    """One SHA-256 for a file of weights, quick for any size: of its beginning, which names them, and of its size."""
+    with file.open("rb") as content:
+        return hashlib.sha256(content.read(2**20) + str(file.stat().st_size).encode()).hexdigest()
 
 
 def base_commit(models: ModelSettings) -> str | None:

@@ -4,7 +4,7 @@ import math
 import numbers
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,19 +128,25 @@ def read_speakers(
     if speakers is None:
         return []
     if not isinstance(speakers, list) or not speakers:
-        raise ValueError(f"`speakers` is {speakers!r}; give a list of `SpeakerTurn`s, or one such list per prompt.")
-    rows = per_prompt("speakers", speakers, num_prompts) if isinstance(speakers[0], list) else [speakers] * num_prompts
+        what = "empty" if speakers == [] else f"a {type(speakers).__name__}"
+        raise ValueError(f"`speakers` is {what}; give a list of `SpeakerTurn`s, or one such list per prompt.")
+    has_rows = any(isinstance(row, list) for row in speakers)
+    rows = per_prompt("speakers", speakers, num_prompts) if has_rows else [speakers] * num_prompts
     voices = {}
     return [_read_turns(row, voices) for row in rows]
 
 
 def _read_turns(row: list[SpeakerTurn], voices: dict[Any, Clip]) -> list[tuple[Clip, float, float]]:
-    if not row or not all(isinstance(turn, SpeakerTurn) for turn in row):
-        raise ValueError(f"`speakers` holds {row!r}; give `SpeakerTurn`s.")
-    turns, last_end = [], 0.0
-    for turn in sorted(row, key=lambda turn: turn.start):
+    if not isinstance(row, list) or not row or not all(isinstance(turn, SpeakerTurn) for turn in row):
+        # Not the value, which may hold a recording.
+        items = row if isinstance(row, list) else [row]
+        kinds = ", ".join(sorted({type(item).__name__ for item in items})) or "nothing"
+        raise ValueError(f"`speakers` holds {kinds}; give `SpeakerTurn`s, in one list or in one for each prompt.")
+    for turn in row:
         check_scale("start", turn.start)
         check_positive("end", turn.end)
+    turns, last_end = [], 0.0
+    for turn in sorted(row, key=lambda turn: turn.start):
         if not last_end <= turn.start < turn.end:
             raise ValueError(
                 f"`speakers` has a turn from {turn.start} to {turn.end} s where the one before ends at {last_end} s;"
@@ -250,6 +256,8 @@ def read_conditions(conditions: Any) -> list[LTX2VideoCondition]:
                 f"`conditions` has `frames` of the type {type(item.frames).__name__}; give PIL images, an array or a"
                 " tensor."
             )
+        if isinstance(item.index, bool) or not isinstance(item.index, numbers.Integral):
+            raise ValueError(f"`conditions` has an `index` of {item.index!r}; give a whole number.")
         if not (isinstance(item.strength, numbers.Real) and 0 <= item.strength <= 1):
             raise ValueError(f"`conditions` has a `strength` of {item.strength!r}; give a number between 0 and 1.")
     return items
@@ -263,7 +271,7 @@ def check_condition_indices(
 
     Args:
         conditions (`list[LTX2VideoCondition]`): The further frames.
-        num_latent_frames (`int`): Length of the video, in latent frames.
+        num_latent_frames (`int`): Length of the video that is wanted, in latent frames.
         first_frame (`str`, *optional*): The argument that gives the first frame, if one does.
     """
     for item in conditions:
@@ -276,6 +284,22 @@ def check_condition_indices(
             raise ValueError(
                 f"`conditions` has a frame at index {item.index}, where `{first_frame}` stands; leave one of them out."
             )
+
+
+def place_conditions(
+    conditions: list[LTX2VideoCondition], num_latent_frames: int, num_trimmed: int
+) -> list[LTX2VideoCondition]:
+    """
+    Conditions of the video that is wanted, at their places in the one that is generated.
+
+    Args:
+        conditions (`list[LTX2VideoCondition]`): Checked by [`check_condition_indices`].
+        num_latent_frames (`int`): Length of the video that is wanted, in latent frames.
+        num_trimmed (`int`): Latent frames that are generated before it.
+    """
+    indices = [item.index % num_latent_frames for item in conditions]
+    # One at the beginning stays the first frame that is generated, as the image does.
+    return [replace(item, index=index + num_trimmed if index else 0) for item, index in zip(conditions, indices)]
 
 
 def check_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> list[float]:

@@ -81,6 +81,8 @@ class LTX2IDLoRAChecks(LTX2ConditionPipeline):
             return 0, math.ceil(round(lead_in * frame_rate / ratio, 6)) * ratio
         if lead_in:
             raise ValueError(f"`lead_in` is {lead_in} beside `continue_from`, where speech has begun; leave one out.")
+        for clip in earlier_clips:
+            check_resampling(clip.sampling_rate, self.audio_sampling_rate, "continue_from")
         num_context_frames = context_frames(earlier_clips, frame_rate, ratio)
         return num_context_frames, num_context_frames - 1
 
@@ -142,6 +144,8 @@ class LTX2IDLoRAChecks(LTX2ConditionPipeline):
         first_frame: str | None,
         mask_reference_from_text: bool,
         clips: list[list[Clip]],
+        turns: list[list[tuple[Clip, float, float]]],
+        num_trimmed_frames: int,
         image_crf: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
@@ -193,8 +197,8 @@ class LTX2IDLoRAChecks(LTX2ConditionPipeline):
             )
         for _, sampling_rate in (clip for row in clips for clip in row):
             check_resampling(sampling_rate, self.audio_sampling_rate)
-        if num_frames is not None:
-            check_condition_indices(conditions, self._latent_size(height, width, num_frames)[0], first_frame)
+        for (_, sampling_rate), *_ in (turn for row in turns for turn in row):
+            check_resampling(sampling_rate, self.audio_sampling_rate, "speakers")
         if mask_reference_from_text:
             check_text_mask(self.transformer.dtype)
         if uses_text_guidance:
@@ -208,6 +212,8 @@ class LTX2IDLoRAChecks(LTX2ConditionPipeline):
                 raise ValueError(f"`generator` holds a {type(item).__name__}; give a `torch.Generator`.")
         check_latents("latents", latents, (num_rows, self.transformer.config.in_channels, None, None, None))
         check_latents("audio_latents", audio_latents, (num_rows, *self._audio_latent_shape()))
+        if num_frames is not None:
+            self.check_times(num_frames, num_trimmed_frames, frame_rate, conditions, first_frame, turns, audio_latents)
         super().check_inputs(
             # diffusers knows nothing of a finished context, and would ask for a prompt.
             prompt=[""] * num_prompts if text_context is not None else prompt,
@@ -218,6 +224,37 @@ class LTX2IDLoRAChecks(LTX2ConditionPipeline):
             audio_stg_scale=0.0,
             **shared,
         )
+
+    def check_times(
+        self,
+        num_frames: int,
+        num_trimmed_frames: int,
+        frame_rate: float,
+        conditions: list[LTX2VideoCondition],
+        first_frame: str | None,
+        turns: list[list[tuple[Clip, float, float]]],
+        audio_latents: torch.Tensor | None,
+    ) -> None:
+        """
+        Raises a ValueError for conditions and turns of speakers that are not within the clip.
+
+        Args:
+            num_frames (`int`), num_trimmed_frames (`int`): Frames that are generated, and those of them not wanted.
+            frame_rate (`float`): In frames per second.
+            conditions, first_frame: See [`check_condition_indices`].
+            turns (`list[list[tuple[Clip, float, float]]]`): As [`read_speakers`] gives them.
+            audio_latents (`torch.Tensor`, *optional*): `[B, C, L, M]`, if the sound's length is theirs.
+        """
+        check_condition_indices(conditions, self._num_latent_frames(num_frames - num_trimmed_frames), first_frame)
+        num_tokens = self.audio_length(num_frames, frame_rate) if audio_latents is None else audio_latents.shape[2]
+        positions = self.transformer.audio_rope.prepare_audio_coords(1, num_tokens, "cpu")
+        middles = positions[0, 0].mean(dim=-1) - num_trimmed_frames / frame_rate
+        for _, start, end in (turn for row in turns for turn in row):
+            if not ((middles >= start) & (middles < end)).any():
+                raise ValueError(
+                    f"`speakers` has a turn from {start} to {end} s, which holds no sound of the clip; make it longer,"
+                    f" and begin it before {middles[-1].item():.2f} s."
+                )
 
     def _check_negative_context(
         self,
@@ -263,10 +300,13 @@ class LTX2IDLoRAChecks(LTX2ConditionPipeline):
 
     def _latent_size(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
         return (
-            (num_frames - 1) // self.vae_temporal_compression_ratio + 1,
+            self._num_latent_frames(num_frames),
             height // self.vae_spatial_compression_ratio,
             width // self.vae_spatial_compression_ratio,
         )
+
+    def _num_latent_frames(self, num_frames: int) -> int:
+        return (num_frames - 1) // self.vae_temporal_compression_ratio + 1
 
     def audio_length(self, num_frames: int, frame_rate: float) -> int:
         """Audio latents that are as long as the video."""

@@ -42,7 +42,7 @@ class IDLoRALoaderMixin:
         info = check_adapter(state_dict, metadata, self.transformer)
         self._warn_of_other_base(info)
         super().load_lora_weights(state_dict, adapter_name, hotswap, lora_config=lora_config(metadata), **loading)
-        self._adapters[adapter_name or self.get_active_adapters()[-1]] = info
+        self._adapters[adapter_name or self.active_transformer_adapters()[-1]] = info
 
     def _warn_of_other_base(self, info: AdapterInfo) -> None:
         """Only where both are named as Hub repositories: a folder may have any name."""
@@ -55,13 +55,21 @@ class IDLoRALoaderMixin:
         # Kept with the transformer's pipeline only for its recommendations, so never saved.
         return self.__dict__.setdefault("_adapter_infos", {})
 
+    def active_transformer_adapters(self) -> list[str]:
+        """
+        The adapters that act on the transformer. Unlike `get_active_adapters`, whose answer is about the text
+        connectors where an adapter has weights for them.
+        """
+        layers = (module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer))
+        return next((list(layer.active_adapters) for layer in layers), [])
+
     @property
     def recommended_identity_guidance_scale(self) -> float | None:
         """The scale that the active adapters' own metadata recommend, the last one's if several do."""
         if not self._adapters:
             return None
         recommended = None
-        for name in self.get_active_adapters():
+        for name in self.active_transformer_adapters():
             if name in self._adapters:
                 block = self._adapters[name].metadata.get("recommended", {})
                 recommended = block.get("identity_guidance_scale", recommended)
@@ -80,8 +88,8 @@ class IDLoRALoaderMixin:
     @contextmanager
     def adapters_weighted(self, weights: Mapping[str, float | None]) -> Iterator[None]:
         """
-        For the length of a `with` block only these adapters act on the transformer; then everything is as it was, also
-        after an exception.
+        For the length of a `with` block only these adapters act, on the transformer and on the text connectors where
+        they have weights for these; then everything is as it was, also after an exception.
 
         Args:
             weights (`Mapping[str, float | None]`): Adapters and their weights; `None` leaves the weight as it is.
@@ -89,11 +97,10 @@ class IDLoRALoaderMixin:
         Raises:
             ValueError: If an adapter is fused into the weights, which can't be switched.
         """
-        layers = [module for module in self.transformer.modules() if isinstance(module, BaseTunerLayer)]
+        models = (self.transformer, self.connectors)
+        layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
         if any(layer.merged for layer in layers):
-            raise ValueError(
-                "An adapter is fused into the transformer; call `unfuse_lora`, so that it can be switched."
-            )
+            raise ValueError("An adapter is fused into the weights; call `unfuse_lora`, so that it can be switched.")
         found = [(layer, list(layer.active_adapters), dict(layer.scaling)) for layer in layers]
         # peft makes the weights of active adapters trainable.
         trainable = [(weight, weight.requires_grad) for layer in layers for weight in layer.parameters()]

@@ -23,6 +23,7 @@ from .inputs import (
     check_sigmas,
     count_prompts,
     identity_guider,
+    place_conditions,
     read_conditions,
     read_earlier_clips,
     read_images,
@@ -161,7 +162,8 @@ class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
             image_latents (`torch.Tensor`, *optional*):
                 Instead of `image`: un-normalised video latents of the first frame, `[B or 1, C, 1, h, w]`.
             conditions (`LTX2VideoCondition` or a list of these, *optional*):
-                Further frames, e.g. a last frame; they hold for every prompt. See [`LTX2ConditionPipeline`].
+                Further frames, e.g. a last frame; they hold for every prompt. See [`LTX2ConditionPipeline`]. An
+                `index` counts latent frames of the clip that is asked for; 0 is the first frame that is generated.
             height (`int`, *optional*), width (`int`, *optional*):
                 In pixels, multiples of 32. Left out: from the first image's aspect, 512 on its long side; 512 x 512
                 without an image.
@@ -292,6 +294,7 @@ class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
         conditions = read_conditions(conditions)
         beginnings = {"image": image, "image_latents": image_latents, "continue_from": continue_from}
         check_given_once(**beginnings)
+        first_frame = next((name for name, value in beginnings.items() if value is not None), None)
         check_given_once(reference_audio=reference_audio, reference_latents=reference_latents, speakers=speakers)
         images = read_images(image, num_prompts)
         clips = read_references(reference_audio, reference_audio_sampling_rate, num_prompts)
@@ -318,9 +321,11 @@ class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
             negative_text_context=negative_text_context,
             uses_text_guidance=scales.uses_text_guidance,
             conditions=conditions,
-            first_frame=next((name for name, value in beginnings.items() if value is not None), None),
+            first_frame=first_frame,
             mask_reference_from_text=mask_reference_from_text,
-            clips=clips + [[clip for clip, *_ in row] for row in turns],
+            clips=clips,
+            turns=turns,
+            num_trimmed_frames=num_trimmed_frames,
             image_crf=image_crf,
             frame_rate=frame_rate,
             motion_speed=motion_speed,
@@ -376,7 +381,7 @@ class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
                 max_seconds=max_seconds,
             )
             num_frames += num_trimmed_frames
-        self._text_contexts = (text_context, negative_text_context)
+            self.check_times(num_frames, num_trimmed_frames, frame_rate, conditions, first_frame, turns, audio_latents)
         dtype = self.transformer.dtype
         context = text_context.to(device, dtype).repeat_rows(num_videos_per_prompt)
         negative_context = None
@@ -390,7 +395,8 @@ class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
         if speakers is None:
             voices = self.prepare_references(clips, references)
         else:
-            voices = self.prepare_speakers(turns, num_trimmed_frames / frame_rate, num_audio_tokens)
+            first_second = num_trimmed_frames / frame_rate
+            voices = self.prepare_speakers(turns, first_second, num_audio_tokens, begins_early=not earlier_clips)
         voices = None if voices is None else voices.repeat_rows(num_videos_per_prompt)
         # A face given once for all prompts is one object, and is encoded once.
         faces = {id(face): face for face in images if face is not None}
@@ -398,15 +404,20 @@ class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
         first_frames = [faces.get(id(face), latents_of_it) for face, latents_of_it in zip(images, first_frames)]
         first_sounds = [None] * num_prompts
         if earlier_clips:
-            first_frames = [
-                self.encode_image(clip.last_frames(num_context_frames), height, width) for clip in earlier_clips
-            ]
-            first_sounds = [self.encode_earlier_sound(clip, num_context_frames, frame_rate) for clip in earlier_clips]
+            encoded = {
+                id(clip): (
+                    self.encode_image(clip.last_frames(num_context_frames), height, width),
+                    self.encode_earlier_sound(clip, num_context_frames, frame_rate),
+                )
+                for clip in {id(clip): clip for clip in earlier_clips}.values()
+            }
+            first_frames, first_sounds = zip(*(encoded[id(clip)] for clip in earlier_clips))
 
         # 4. Prepare latents
         noise_scale = (sigmas[0] if sigmas is not None else 1.0) if noise_scale is None else noise_scale
+        num_trimmed = num_trimmed_frames // self.vae_temporal_compression_ratio
         latents, conditioning_mask, clean_latents, video_positions = self.prepare_video_tokens(
-            conditions,
+            place_conditions(conditions, self._num_latent_frames(num_frames) - num_trimmed, num_trimmed),
             [frame for frame in first_frames for _ in range(num_videos_per_prompt)],
             height,
             width,
@@ -464,6 +475,7 @@ class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
                 identity_guidance_mode=identity_guidance_mode,
                 passes_per_forward=self.pass_packing(guidance_batching, latents, audio_latents),
                 parallel=group,
+                motion_speed=motion_speed,
             )
             plan, window = None, windows.get("identity", GuidanceWindow())
             # A sampler of second order predicts twice in a step.
@@ -475,7 +487,7 @@ class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
                 step = i // scheduler.order
                 guider.set_state(step=step, num_inference_steps=num_steps, timestep=t)
                 scales = self._current_scales(negative_context).within(windows, step, num_steps)
-                follows_voice = voices is not None and window.includes(step, num_steps)
+                follows_voice = voices is not None and not freeze_audio and window.includes(step, num_steps)
                 earlier, plan = plan, GuidancePlan.from_scales(scales, guider.scale if follows_voice else 0.0)
                 if earlier is not None and earlier.passes != plan.passes and self.transformer.is_cache_enabled:
                     # A pass that begins again would go on from what it had cached before the gap.
@@ -514,20 +526,21 @@ class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
                 progress_bar.update()
 
         # 7. Decode
-        video, audio = self.decode_tokens(
-            latents,
-            audio_latents,
-            height,
-            width,
-            num_frames,
-            output_type,
-            dtype=context.video_embeds.dtype,
-            generator=generator,
-            decode_timestep=decode_timestep,
-            decode_noise_scale=decode_noise_scale,
-            first_frame=num_trimmed_frames,
-            frame_rate=frame_rate,
-        )
+        with self._hooks_freed_on_error():
+            video, audio = self.decode_tokens(
+                latents,
+                audio_latents,
+                height,
+                width,
+                num_frames,
+                output_type,
+                dtype=context.video_embeds.dtype,
+                generator=generator,
+                decode_timestep=decode_timestep,
+                decode_noise_scale=decode_noise_scale,
+                first_frame=num_trimmed_frames,
+                frame_rate=frame_rate,
+            )
         self.maybe_free_model_hooks()
         if not return_dict:
             return (video, audio)
@@ -558,12 +571,16 @@ class LTX2IDLoRAPipeline(IDLoRALoaderMixin, LTX2IDLoRASteps):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "LTX2IDLoRAPipeline":
         """
         The same components in this pipeline, in the dtypes they have: unless a `dtype` is given, nothing is cast
-        (diffusers casts the shared modules to float32). See [`DiffusionPipeline.from_pipe`].
+        (diffusers casts the shared modules to float32). Adapters and what they recommend come along. See
+        [`DiffusionPipeline.from_pipe`].
         """
         if kwargs.get("dtype") is not None or kwargs.get("torch_dtype") is not None:
-            return super().from_pipe(pipeline, **kwargs)
-        names, _ = cls._get_signature_keys(cls)
-        components = {name: kwargs.get(name, pipeline.components.get(name)) for name in names}
-        if unknown := sorted(set(kwargs) - set(components)):
-            raise ValueError(f"`from_pipe` knows no {unknown}; the components are {sorted(components)}.")
-        return cls(**components)
+            new = super().from_pipe(pipeline, **kwargs)
+        else:
+            names, _ = cls._get_signature_keys(cls)
+            components = {name: kwargs.get(name, pipeline.components.get(name)) for name in names}
+            if unknown := sorted(set(kwargs) - set(components)):
+                raise ValueError(f"`from_pipe` knows no {unknown}; the components are {sorted(components)}.")
+            new = cls(**components)
+        new._adapters.update(getattr(pipeline, "_adapters", {}))
+        return new

@@ -119,7 +119,9 @@ class LTX2IDLoRASteps(LTX2IDLoRAChecks):
         Returns:
             `torch.Tensor`: Un-normalised latents `[1, C, L, M]`, 25 per second; the posterior's mode.
         """
-        waveform, sampling_rate = read_reference(reference_audio, sampling_rate)
+        return self._encode_sound(*read_reference(reference_audio, sampling_rate))
+
+    def _encode_sound(self, waveform: torch.Tensor, sampling_rate: int) -> torch.Tensor:
         log_mel = log_mel_spectrogram(
             waveform,
             sampling_rate,
@@ -151,6 +153,7 @@ class LTX2IDLoRASteps(LTX2IDLoRAChecks):
         (pixels,), *_ = self.preprocess_conditions(condition, height, width, num_frames, self._execution_device)
         return retrieve_latents(self.vae.encode(pixels), sample_mode="argmax").float()
 
+    @torch.no_grad()
     def encode_earlier_sound(self, clip: EarlierClip, num_frames: int, frame_rate: float) -> torch.Tensor:
         """
         The sound under the last frames of a clip, as the audio VAE encodes the beginning of a target.
@@ -167,7 +170,8 @@ class LTX2IDLoRASteps(LTX2IDLoRAChecks):
         # The first latent holds a single mel frame (method section 2), so L latents need 4 (L - 1) hops of sound.
         num_hops = (self.audio_length(num_frames, frame_rate) - 1) * self.audio_vae_temporal_compression_ratio
         seconds = num_hops * self.audio_hop_length / self.audio_sampling_rate
-        return self.encode_reference_audio(clip.sound_from(start, seconds), clip.sampling_rate)
+        # Not checked as a voice is: a clip may end in silence.
+        return self._encode_sound(clip.sound_from(start, seconds), clip.sampling_rate)
 
     def prepare_references(
         self, clips: list[list[Clip]], reference_latents: list[torch.Tensor | None]
@@ -194,7 +198,11 @@ class LTX2IDLoRASteps(LTX2IDLoRAChecks):
         return ReferenceBatch.from_clips(rows, self.transformer.audio_rope)
 
     def prepare_speakers(
-        self, rows: list[list[tuple[Clip, float, float]]], first_second: float, num_target_tokens: int
+        self,
+        rows: list[list[tuple[Clip, float, float]]],
+        first_second: float,
+        num_target_tokens: int,
+        begins_early: bool = False,
     ) -> ReferenceBatch:
         """
         The voices of a batch in which speakers take turns (experimental).
@@ -203,13 +211,18 @@ class LTX2IDLoRASteps(LTX2IDLoRAChecks):
             rows (`list[list[tuple[Clip, float, float]]]`): Of each prompt, voice, start and end of its turns.
             first_second (`float`): When the clip that is wanted begins in what is generated.
             num_target_tokens (`int`): Length of the target.
+            begins_early (`bool`, defaults to `False`):
+                Whether a turn from 0 s on is heard before the clip begins too, in a lead-in.
         """
         tokens = {}
         for clip in (clip for row in rows for clip, *_ in row):
             if id(clip) not in tokens:
                 tokens[id(clip)] = self._audio_tokens(self.encode_reference_audio(clip))
         turns = [
-            [Turn(tokens[id(clip)], start + first_second, end + first_second) for clip, start, end in row]
+            [
+                Turn(tokens[id(clip)], start + first_second if start or not begins_early else 0.0, end + first_second)
+                for clip, start, end in row
+            ]
             for row in rows
         ]
         return ReferenceBatch.from_turns(turns, self.transformer.audio_rope, num_target_tokens)

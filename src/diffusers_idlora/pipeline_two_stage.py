@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers import (
     AutoencoderKLLTX2Audio,
@@ -27,6 +28,8 @@ from transformers import (
     ProcessorMixin,
 )
 
+from .continuation import EarlierClip
+from .denoising import TextContext
 from .guidance import check_scale
 from .inputs import check_sigmas
 from .pipeline_ltx2_idlora import LTX2IDLoRAPipeline
@@ -52,6 +55,8 @@ SHARED_ARGUMENTS = (
     "attention_kwargs",
     "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
+    # Every process draws the noise of stage 2 too.
+    "guidance_parallel",
 )
 NO_GUIDANCE = {
     "guidance_scale": 1.0,
@@ -148,8 +153,8 @@ class LTX2IDLoRATwoStagePipeline(LTX2IDLoRAPipeline):
         Args:
             prompt, image, reference_audio, negative_prompt: See [`~LTX2IDLoRAPipeline.__call__`].
             height (`int`, *optional*), width (`int`, *optional*):
-                Of the result, in pixels, multiples of 64. Left out: from the first image's aspect, 1024 on its long
-                side; 1024 x 1024 without an image.
+                Of the result, in pixels, multiples of 64. Left out: as the clip that goes on, or from the first
+                image's aspect, 1024 on its long side; 1024 x 1024 without an image.
             distilled_adapter (`str`, *optional*, defaults to `"distilled"`):
                 The name under which the distilled LoRA was loaded; `None` for a distilled checkpoint.
             distilled_scales (`tuple[float, float]`, defaults to `(0.0, 0.8)`):
@@ -237,7 +242,7 @@ class LTX2IDLoRATwoStagePipeline(LTX2IDLoRAPipeline):
                 f"`distilled_adapter` is {distilled_adapter!r}, and the adapters are {loaded}; load the distilled LoRA"
                 " under that name, or give `None` for a distilled checkpoint."
             )
-        adapters = [name for name in self.get_active_adapters() if name != distilled_adapter]
+        adapters = [name for name in self.active_transformer_adapters() if name != distilled_adapter]
         others = [name for name in loaded if name != distilled_adapter]
         if others and not adapters:
             raise ValueError(
@@ -245,6 +250,30 @@ class LTX2IDLoRATwoStagePipeline(LTX2IDLoRAPipeline):
                 f" others); call `set_adapters({others})`."
             )
         return adapters
+
+    def default_size(
+        self,
+        height: int | None,
+        width: int | None,
+        num_frames: int | None,
+        images: list[PIL.Image.Image | None],
+        earlier_clips: list[EarlierClip],
+        latents: torch.Tensor | None,
+    ) -> tuple[int, int, int | None]:
+        """
+        As [`LTX2IDLoRAPipeline`] fills it in, but stage 1 has half the size of a clip that goes on. Stage 2 has the
+        size of its `latents`.
+        """
+        if height is None and width is None and latents is None and earlier_clips:
+            grid = self.vae_spatial_compression_ratio
+            sizes = earlier_clips[0].frames.shape[1:3]
+            height, width = (max(grid, size // (UPSAMPLING * grid) * grid) for size in sizes)
+        return super().default_size(height, width, num_frames, images, earlier_clips, latents)
+
+    def prepare_contexts(self, *arguments: Any) -> tuple[TextContext, TextContext | None]:
+        """As [`LTX2IDLoRAPipeline`] does it, and kept for stage 2."""
+        self._text_contexts = super().prepare_contexts(*arguments)
+        return self._text_contexts
 
     def upsample(self, latents: torch.Tensor) -> torch.Tensor:
         """

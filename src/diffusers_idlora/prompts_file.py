@@ -1,7 +1,11 @@
-"""Prompts files: many clips asked for in one JSON list, or in JSON Lines."""
+"""Prompts files: many clips asked for in one JSON list, or in JSON Lines, and shared among processes."""
 
+import dataclasses
 import json
 import os
+import time
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -12,6 +16,7 @@ from .values import checked_value, checked_values, first_line, shortened
 
 # Keys of the prompt lists that ID-LoRA's evaluation sets use, and what they are called here.
 ROW_ALIASES = {"reference_path": "reference_audio", "first_frame_path": "image", "output_name": "output"}
+ROW_ALIASES |= {"speakers": "speaker"}
 
 
 def read_prompts_file(path: Path) -> list[Any]:
@@ -68,11 +73,107 @@ def clip_of_row(row: Any, index: int, settings: ClipSettings, source: Path, fold
         name = ROW_ALIASES.get(name, name)
         if name in given:
             raise ValueError(f"`{name}` is given twice, once as `{key}`; give it once.")
-        given[name] = value
+        given[name] = option_text(name, value)
     output = path_inside(folder, checked_value("output", given.pop("output", f"{index:04d}.mp4"), str))
     seed = {} if settings.seed is None else {"seed": settings.seed + index}
     given = checked_values(ClipSettings, seed | given)
     return Clip(settings.updated(with_absolute_paths(given, source)), output)
+
+
+def option_text(name: str, value: Any) -> Any:
+    """
+    A value of a row, as an option would have it: turns of speakers given as objects
+    `{"reference_audio": "anna.wav", "start": 0, "end": 2.4}` and windows given as pairs become texts.
+    """
+    if name == "speaker" and isinstance(value, list):
+        return [speaker_text(turn) if isinstance(turn, dict) else turn for turn in value]
+    if name.endswith("_window") and isinstance(value, list) and len(value) == 2:
+        return ":".join(map(str, value))
+    return value
+
+
+def speaker_text(turn: dict) -> str:
+    """`FILE:START:END` of an object that describes a turn."""
+    if sorted(turn) != ["end", "reference_audio", "start"]:
+        raise ValueError(
+            f"`speaker` is {shortened(turn)}; give objects with the keys reference_audio, start and end, or texts "
+            "FILE:START:END."
+        )
+    file = checked_value("reference_audio", turn["reference_audio"], str)
+    return f"{file}:{turn['start']}:{turn['end']}"
+
+
+def clips_of_file(prompts: Path, settings: ClipSettings, folder: Path, overwrite: bool) -> list[Clip | Exception]:
+    """
+    The clip of each row of a prompts file, or what is wrong with the row, as far as the row alone tells it.
+
+    Args:
+        prompts (`Path`): The file.
+        settings (`ClipSettings`): What holds where a row says nothing.
+        folder (`Path`): Folder of the results.
+        overwrite (`bool`): Whether existing files may be replaced.
+
+    Raises:
+        ValueError: The file cannot be read, or has no rows.
+    """
+    clips, records = [], set()
+    for index, row in enumerate(read_prompts_file(prompts)):
+        # Whatever is wrong with one row, the others go on.
+        try:
+            clip = clip_of_row(row, index, settings, prompts.absolute().parent, folder)
+            clip = dataclasses.replace(clip, overwrite=overwrite)
+            if clip.record in records:
+                raise ValueError(f"`output` {clip.output.name!r} is also that of an earlier row; give another name.")
+            records.add(clip.record)
+            clips.append(clip)
+        except Exception as error:
+            clips.append(error)
+    return clips
+
+
+class RowSharing:
+    """
+    The rows of a prompts file among the processes that `accelerate launch` or `torchrun` has started: each row goes to
+    one of them. They share nothing but a counter, which the launcher keeps, so that none waits for one that dies.
+    Processes that were started in another way, with `RANK` and `WORLD_SIZE`, have every so-many-th row each.
+
+    Args:
+        alone (`bool`, *optional*, defaults to `False`): Whether this process has all rows, whatever others there are.
+    """
+
+    def __init__(self, alone: bool = False):
+        self.rank = 0 if alone else int(os.environ.get("RANK", 0))
+        self.num_processes = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
+
+    @cached_property
+    def _store(self) -> Any:
+        if self.num_processes == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return None
+        from torch.distributed import PrefixStore, TCPStore
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+        return PrefixStore(f"idlora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+    def is_own(self, index: int) -> bool:
+        """Whether it is for this process to report what is wrong with a row before any is made."""
+        return index % self.num_processes == self.rank
+
+    def portions(self, num_rows: int, size: int) -> Iterator[range]:
+        """The rows that fall to this process, `size` at a time, each portion when it is asked for."""
+        if self._store is None:
+            own = range(self.rank, num_rows, self.num_processes)
+            yield from (own[start : start + size] for start in range(0, len(own), size))
+            return
+        while (start := self._store.add("rows", size) - size) < num_rows:
+            yield range(start, min(start + size, num_rows))
+
+    def finish(self, failures: int) -> None:
+        """Waits for the others where rows have failed: a launcher ends them all once one ends with an error."""
+        if self._store is not None:
+            self._store.add("finished", 1)
+            while failures and self._store.add("finished", 0) < self.num_processes:
+                time.sleep(0.5)
 
 
 def path_inside(folder: Path, name: str) -> Path:

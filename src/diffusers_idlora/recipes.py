@@ -67,5 +67,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "distilled": DISTILLED,
     }
 )
-# These need `LTX2IDLoRATwoStagePipeline` with its upsampler and the distilled LoRA; the others any of the two.
+# These need `LTX2IDLoRATwoStagePipeline` with its upsampler and the distilled LoRA. The others are of one stage; with
+# two, "distilled" needs `distilled_scales` besides, or the distilled LoRA would be off in stage 1.
 TWO_STAGE_RECIPES = frozenset({"two-stage", "hq"})

@@ -24,6 +24,7 @@ MAY_CHANGE_ON_RESUME = (
     + ("also_original_format", "push_to_hub", "push_checkpoints", "hub_model_id", "hub_private_repo", "hub_token")
     + ("license", "report_to")
 )
+INITIALISATIONS = ("default", "gaussian", "orthogonal")
 
 
 def option(default, help: str):
@@ -54,9 +55,7 @@ class TrainingArguments:
     lora_dropout: float = option(0.0, "Dropout within the LoRA.")
     target_modules: str = option(RECIPE_TARGET_MODULES, "Regular expression for the adapted modules.")
     use_dora: bool = option(False, "Train a DoRA.")
-    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = option(
-        "default", "How peft initialises the LoRA; ways that change the base are left out."
-    )
+    init_lora_weights: str = option("default", "How peft initialises the LoRA: default, gaussian or orthogonal.")
     lora_path: str | None = option(None, "Adapter to start from: file, folder or Hub repository.")
 
     # Objective
@@ -74,7 +73,9 @@ class TrainingArguments:
     max_train_steps: int = option(3000, "Optimizer steps.")
     learning_rate: float = option(2e-4, "The schedule's highest learning rate.")
     lr_scheduler: str = option("linear", "Any schedule of diffusers' get_scheduler.")
-    lr_warmup_steps: int = option(0, "Steps of warm-up.")
+    lr_warmup_steps: int = option(0, "Steps of warm-up, of schedules that have one.")
+    lr_num_cycles: int = option(1, "Hard restarts of cosine_with_restarts.")
+    lr_power: float = option(1.0, "Power of polynomial.")
     lr_step_rules: str | None = option(
         None, 'Of piecewise_constant: "1:10,0.1:20,0.01" is the full rate to step 10, a tenth to 20, then a hundredth.'
     )
@@ -128,6 +129,7 @@ class TrainingArguments:
             "max_train_steps",
             "checkpointing_steps",
             "max_bad_steps",
+            "lr_num_cycles",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give a whole number of at least 1.")
@@ -139,7 +141,9 @@ class TrainingArguments:
                 f"`validation_inference_steps` is {self.validation_inference_steps}; give at least 2, or 0 for losses"
                 " only."
             )
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+        if self.lr_warmup_steps < 0:
+            raise ValueError(f"`lr_warmup_steps` is {self.lr_warmup_steps}; give at least 0.")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give a number above 0.")
         for name in ("reference_dropout", "first_frame_conditioning_p", "lora_dropout"):
@@ -147,6 +151,11 @@ class TrainingArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; give a probability between 0 and 1.")
         if not (math.isfinite(self.audio_loss_weight) and self.audio_loss_weight >= 0):
             raise ValueError(f"`audio_loss_weight` is {self.audio_loss_weight}; give a number that is 0 or larger.")
+        if self.init_lora_weights not in INITIALISATIONS:
+            raise ValueError(
+                f"`init_lora_weights` is {self.init_lora_weights!r}; give one of {', '.join(INITIALISATIONS)}, for"
+                " peft's other ways need data or change the base, which the adapter would then not fit."
+            )
         if self.use_dora and self.also_original_format:
             raise ValueError("`also_original_format` has no form for a DoRA; leave it out, or `use_dora`.")
         if self.offload_frozen_blocks:

@@ -1,5 +1,6 @@
 """Checkpoints that appear whole or not at all, and are checked before they are believed."""
 
+import errno
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging
+from safetensors import SafetensorError
 
 from ..media import file_sha256
 
@@ -71,9 +73,13 @@ def save_checkpoint(
             text = json.dumps({**state, "step": step, "files": files}, indent=2)
             (unfinished / STATE_NAME).write_text(text + "\n", "utf-8")
             _replace_folder(unfinished, final)
-    except BaseException:
+    except BaseException as error:
+        free = shutil.disk_usage(output_dir).free / 2**30
         if is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
+        if _is_failed_write(error):
+            reason = f"{str(error).splitlines()[0]}; the disk had {free:.1f} GiB left"
+            raise OSError(errno.EIO, reason, str(final)) from error
         raise
     wait()
     if is_main_process and total_limit is not None:
@@ -81,6 +87,11 @@ def save_checkpoint(
         for old in others[: max(0, len(others) - (total_limit - 1))]:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    # Of a full disk neither safetensors nor torch's archive tells in an `OSError`.
+    return isinstance(error, SafetensorError) or (isinstance(error, RuntimeError) and "inline_container" in str(error))
 
 
 def _replace_folder(source: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run leaves behind: the adapter, its record and card, a plot of the loss, and a repository on the Hub."""
 
 import csv
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ def make_record(trainer: "Trainer") -> TrainingRecord:
     latents_per_second = trainer.transformer.audio_rope.audio_latents_per_second
     lengths = [sum(row["reference_lengths"]) for row in rows if row.get("reference_lengths")]
     speakers = {row["speaker_id"] for row in rows if row.get("speaker_id")}
+    losses = read_losses(trainer.output_dir / "loss.csv")
+    at_the_end = [row["loss"] for row in losses[-averaged_steps(losses) :] if math.isfinite(row["loss"])]
     return TrainingRecord(
         base_model=arguments.pretrained_model_name_or_path,
         base_revision=arguments.revision,
@@ -62,6 +65,8 @@ def make_record(trainer: "Trainer") -> TrainingRecord:
         frame_rate=samples[0].frame_rate,
         dtype=str(trainer.weight_dtype).removeprefix("torch."),
         device=_device_name(trainer),
+        seconds=sum(row["seconds"] for row in losses),
+        final_loss=sum(at_the_end) / len(at_the_end) if at_the_end else None,
         # The released recipe's scale; a run that measures a better one may say so.
         recommended={"identity_guidance_scale": 3.0},
     )
@@ -79,6 +84,17 @@ def _device_name(trainer: "Trainer") -> str:
     return f"{trainer.accelerator.num_processes} x {name}"
 
 
+def read_losses(table: Path) -> list[dict[str, float]]:
+    """The rows of `loss.csv`."""
+    with table.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def averaged_steps(losses: list[dict[str, float]]) -> int:
+    """How many steps a mean loss is taken over: a twentieth of the run."""
+    return max(1, len(losses) // 20)
+
+
 def plot_losses(table: Path, picture: Path) -> None:
     """Draws `loss.csv` as a picture: both terms, and their mean over a twentieth of the run."""
     import matplotlib
@@ -86,13 +102,12 @@ def plot_losses(table: Path, picture: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    steps = [int(row["step"]) for row in rows]
-    window = max(1, len(rows) // 20)
+    rows = read_losses(table)
+    steps = [row["step"] for row in rows]
+    window = averaged_steps(rows)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for column, label in (("video_loss", "video"), ("audio_loss", "audio")):
-        values = torch.tensor([float(row[column]) for row in rows])
+        values = torch.tensor([row[column] for row in rows])
         (line,) = axes.plot(steps, values, alpha=0.25, linewidth=0.8)
         means = values.unfold(0, window, 1).nanmean(dim=1)
         axes.plot(steps[window - 1 :], means, color=line.get_color(), label=label)

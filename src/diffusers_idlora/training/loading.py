@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from diffusers import LTX2VideoTransformer3DModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.utils import logging
 from peft import LoraConfig, set_peft_model_state_dict
 from torch.utils.data import Dataset
 
@@ -18,6 +19,12 @@ from ..memory import quantization_config
 from .arguments import TrainingArguments
 from .original_format import OriginalFormatFolder
 from .samples import SampleFolder
+
+
+logger = logging.get_logger(__name__)
+
+# Of diffusers' schedules those that leave the steps of a warm-up out without a word.
+WITHOUT_WARMUP = (SchedulerType.CONSTANT.value, SchedulerType.PIECEWISE_CONSTANT.value)
 
 
 def check_before_loading(arguments: TrainingArguments) -> None:
@@ -29,6 +36,11 @@ def check_before_loading(arguments: TrainingArguments) -> None:
         ValueError: With the option, its value and the remedy.
     """
     make_schedule(make_optimizer([torch.nn.Parameter(torch.zeros(1))], arguments), arguments)
+    if arguments.optimizer == "prodigy" and arguments.learning_rate <= 0.1:
+        logger.warning(
+            f"Prodigy finds the rate itself and takes `learning_rate` {arguments.learning_rate} as a factor of it; 1.0"
+            " is the usual value."
+        )
     if arguments.report_to is not None and not importlib.util.find_spec(arguments.report_to):
         raise ValueError(f"`report_to` {arguments.report_to!r} is not installed; pip install {arguments.report_to}.")
     try:
@@ -67,7 +79,10 @@ def load_samples(arguments: TrainingArguments, device: torch.device | str = "cpu
             )
         with _base_errors(arguments):
             connectors = LTX2TextConnectors.from_pretrained(
-                arguments.pretrained_model_name_or_path, subfolder="connectors", revision=arguments.revision
+                arguments.pretrained_model_name_or_path,
+                subfolder="connectors",
+                revision=arguments.revision,
+                variant=arguments.variant,
             )
         return OriginalFormatFolder(arguments.instance_data_root, connectors.to(device)), None
     samples = SampleFolder(arguments.instance_data_root, split="train")
@@ -179,7 +194,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, arguments: TrainingArguments
     The learning rate's schedule, one of diffusers'.
 
     Raises:
-        ValueError: If there is none of that name, or its step rules are missing, can't be read or have no use.
+        ValueError: If there is none of that name, its step rules are missing, can't be read or have no use, or it has
+            no warm-up and one is asked for.
     """
     known, rules = [kind.value for kind in SchedulerType], arguments.lr_step_rules
     if arguments.lr_scheduler not in known:
@@ -194,12 +210,19 @@ def make_schedule(optimizer: torch.optim.Optimizer, arguments: TrainingArguments
             f"`lr_step_rules` is {rules!r}; write factors, each with the step that it lasts to, in their order, and a"
             " last factor: 1:10,0.1:20,0.01."
         )
+    if arguments.lr_warmup_steps and arguments.lr_scheduler in WITHOUT_WARMUP:
+        raise ValueError(
+            f"`lr_warmup_steps` is {arguments.lr_warmup_steps}, but `lr_scheduler` {arguments.lr_scheduler} has no"
+            " warm-up; leave it out, or take constant_with_warmup."
+        )
     return get_scheduler(
         arguments.lr_scheduler,
         optimizer=optimizer,
         step_rules=rules,
         num_warmup_steps=arguments.lr_warmup_steps,
         num_training_steps=arguments.max_train_steps,
+        num_cycles=arguments.lr_num_cycles,
+        power=arguments.lr_power,
     )
 
 

@@ -74,7 +74,7 @@ class TrainingRecord:
         device (`str`, *optional*):
             The machine in words, such as `"1 x NVIDIA H200"`.
         seconds (`float`, *optional*):
-            Wall-clock time of the run.
+            Time of all its steps together.
         final_loss (`float`, *optional*):
             Mean training loss at the end.
         recommended (`dict`, *optional*):

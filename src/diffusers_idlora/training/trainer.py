@@ -408,7 +408,11 @@ class Trainer:
         arguments = self.arguments
         if self._validation_pipeline is None:
             self._validation_pipeline = load_validation_pipeline(
-                arguments.pretrained_model_name_or_path, self.transformer, self.weight_dtype, arguments.revision
+                arguments.pretrained_model_name_or_path,
+                self.transformer,
+                self.weight_dtype,
+                arguments.revision,
+                arguments.variant,
             )
         videos = validation_videos(
             self._validation_pipeline,

@@ -73,12 +73,16 @@ def validation_losses(
 
 
 def load_validation_pipeline(
-    base: str | Path, transformer: torch.nn.Module, dtype: torch.dtype, revision: str | None = None
+    base: str | Path,
+    transformer: torch.nn.Module,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> LTX2IDLoRAPipeline:
     """The pipeline around the model in training; captions are prepared, so neither text encoder nor connectors."""
     without_text = {"text_encoder": None, "tokenizer": None, "connectors": None}
     pipe = LTX2IDLoRAPipeline.from_pretrained(
-        base, revision=revision, transformer=transformer, dtype=dtype, **without_text
+        base, revision=revision, variant=variant, transformer=transformer, dtype=dtype, **without_text
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

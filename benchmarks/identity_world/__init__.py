@@ -1,0 +1,1 @@
+"""Trains in the identity world, measures whether the voice follows the reference, and writes `docs/mechanism.md`."""
