@@ -154,7 +154,10 @@ class TestPromptsFile:
             ({"prompt": "a", "speech": "b"}, "`prompt` and `speech`"),
             ({"image": "a.png", "first_frame_path": "b.png"}, "`image` is given twice, once as `first_frame_path`"),
             ({"prompt": "a", "num-frames": 9, "num_frames": 9}, "`num_frames` is given twice"),
-            ({"prompt": "a", "guidance_batching": "fast"}, "`guidance_batching` must be one of sequential, packed or"),
+            (
+                {"prompt": "a", "guidance_batching": "fast"},
+                "`guidance_batching` must be one of sequential, packed, auto or",
+            ),
             (["a"], "a row must be an object"),
         ],
     )
@@ -188,7 +191,7 @@ def pipe(models):
     return load_models(models)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def settings(inputs):
     """Three clips: one face and one voice, and two of them one prompt."""
     shared = {"image": str(inputs[5]), "reference_audio": (str(inputs[7]),), "height": 64, "width": 64}
@@ -196,7 +199,7 @@ def settings(inputs):
     return [ClipSettings(prompt=prompt, seed=seed, **shared) for seed, prompt in enumerate(("a", "b", "a"))]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def single_runs(models, settings, tmp_path_factory):
     """SHA-256 of each clip, made with models of its own."""
     folder, hashes = tmp_path_factory.mktemp("single"), []

@@ -11,6 +11,7 @@ from command_line import QUICK, assert_one_line_error, invoke, leftovers
 from conftest import families
 from diffusers_idlora import RECIPES, GuidanceWindow, LTX2IDLoRATwoStagePipeline, SpeakerTurn
 from diffusers_idlora.batch import generate_clips
+from diffusers_idlora.cli_options import Wanted
 from diffusers_idlora.demo_assets import demo_face, demo_voice
 from diffusers_idlora.generation import Clip, call_arguments, generate_clip, load_models, read_record
 from diffusers_idlora.media import file_sha256, read_video, write_video
@@ -130,6 +131,9 @@ class TestRecipes:
         assert result.exit_code == 0, result.output
         models, settings, _ = read_record(tmp_path / "a.json")
         assert (models.recipe, models.distilled_lora, settings.stage_2_sigmas) == ("one-stage", None, ())
+        wanted = Wanted.from_options({"recipe": "hq"}, tmp_path / "two.json")
+        assert wanted.models.distilled_lora == str(distilled_lora())
+        assert (wanted.settings.sampler, wanted.settings.steps) == ("res_2s", 2)
 
     @pytest.mark.parametrize(
         ("arguments", "words"),

@@ -114,6 +114,18 @@ def test_identity_guidance_of_the_wrong_sign_turns_the_voice_away(model, scenes,
     assert similarity(references, identity_guidance_scale=-2.0) < without_reference - MARGIN
 
 
+def test_strong_identity_guidance_exaggerates_the_voice_and_costs_words(world, model, scenes):
+    references = make_references(model, scenes.reference_tokens)
+    strength = {}
+    for scale in (0.0, 3.0):
+        _, audio = Sampler(identity_guidance_scale=scale)(model, scenes, references)
+        strength[scale] = world.heard_filters(audio).norm() / world.heard_filters(scenes.reference_tokens).norm()
+
+    assert strength[0.0] == pytest.approx(0.9, abs=0.1)
+    assert strength[3.0] > 1.5 * strength[0.0]
+    assert (world.heard_words(audio) == scenes.words).float().mean() < 0.9
+
+
 def test_somebody_elses_recording_does_not_give_the_speakers_voice(model, scenes, similarity):
     strangers = make_references(model, scenes.reference_tokens.roll(1, dims=0))
 

@@ -571,7 +571,7 @@ def test_a_config_file_gives_defaults_that_options_override(tmp_path):
     )
     arguments = parse_arguments(["--config", str(config)])
     assert (arguments.mixed_precision, arguments.lora_path) == ("no", None)
-    for wrong in ("quantize_base: bnb4", "rank: 8.5", "init_lora_weights: pissa"):
+    for wrong in ("quantize_base: bnb4", "rank: 8.5", "optimizer: sgd"):
         config.write_text(f"pretrained_model_name_or_path: b\ninstance_data_root: d\n{wrong}\n")
         with pytest.raises(SystemExit) as error:
             parse_arguments(["--config", str(config)])

@@ -135,7 +135,7 @@ def run_line(results: dict) -> str:
     minutes = sum(part["cpu_seconds"] + part["measuring_cpu_seconds"] for part in finished) / 60
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     fewer = [
-        f" Of {part!r} there are only the seeds {', '.join(seeds) or 'none'}."
+        f" Of {part!r} only these seeds are finished: {', '.join(seeds) or 'none'}."
         for part, seeds in results["parts"].items()
         if len(seeds) < len(results["seeds"])
     ]

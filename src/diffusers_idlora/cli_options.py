@@ -121,8 +121,9 @@ class Wanted:
             given_models.setdefault("base_revision", None)
         if given_models.get("recipe", models.recipe) != models.recipe:
             settings = settings.with_recipe(models.recipe, given_models["recipe"])
-            models = dataclasses.replace(models, upsampler=None, distilled_lora=None, distilled_weight_name=None)
-            replaced |= {"upsampler", "distilled_lora"}
+            # What the new recipe has no use for would be refused.
+            unused = dataclasses.replace(models, recipe=given_models["recipe"]).unused_models
+            models = dataclasses.replace(models, **dict.fromkeys(unused))
         models = with_absolute_models(dataclasses.replace(models, **given_models))
         return cls(models, settings.updated(given_settings), record, replaced)
 

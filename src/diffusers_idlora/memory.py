@@ -84,8 +84,8 @@ def check_memory(models: ModelSettings, device: torch.device) -> None:
 
 def check_recipe_models(models: ModelSettings) -> None:
     """Raises a `ValueError` where the recipe lacks a model, or has one that it does not use."""
-    for name, is_used in (("distilled_lora", models.recipe != "one-stage"), ("upsampler", models.has_two_stages)):
-        if getattr(models, name) is not None and not is_used:
+    for name in models.unused_models:
+        if getattr(models, name) is not None:
             raise ValueError(f"`{name}` is given, but `recipe` {models.recipe!r} does not use it; leave it out.")
     if not models.has_two_stages:
         return

@@ -209,6 +209,12 @@ class ModelSettings:
         return self.recipe in TWO_STAGE_RECIPES
 
     @property
+    def unused_models(self) -> list[str]:
+        """Settings that name a model for which the recipe has no use."""
+        one_stage = ["distilled_lora", "distilled_weight_name"] if self.recipe == "one-stage" else []
+        return one_stage + ([] if self.has_two_stages else ["upsampler"])
+
+    @property
     def has_distilled_lora(self) -> bool:
         """Whether there is a distilled LoRA to load."""
         return self.distilled_lora not in (None, NO_DISTILLED_LORA)
