@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: help demo test identity-world lint format clean
 
 help:
-	@echo "make demo    install, then generate outputs/demo.mp4 with random weights"
+	@echo "make demo    install, then write outputs/demo.mp4 (random weights) and outputs/demo.png (a voice that follows)"
 	@echo "make test    install with the test extra, then run the tests"
 	@echo "make identity-world   train in the identity world and measure whether the voice follows: docs/mechanism.md"
 	@echo "make lint    ruff check and format check"

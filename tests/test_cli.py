@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -33,7 +34,7 @@ from conftest import families
 from diffusers_idlora import LTX2IDLoRAPipeline
 from diffusers_idlora.adapter_files import save_adapter
 from diffusers_idlora.generation import Clip, checkpoint_sha256, generate_clip, load_models, read_record
-from diffusers_idlora.media import file_sha256, read_video
+from diffusers_idlora.media import file_sha256, load_image, read_video
 from diffusers_idlora.settings import ClipSettings, ModelSettings
 from diffusers_idlora.values import checked_values
 
@@ -298,6 +299,11 @@ class TestDemo:
         assert frames.shape[1:] == (128, 128, 3) and frames.std() > 0
         assert abs(len(frames) / frame_rate - waveform.shape[1] / sampling_rate) < 0.1
         assert result.stderr == ""
+        with_reference, without = map(
+            float, re.search(r"stranger's\): (\S+) with .* (\S+) without", result.stdout).groups()
+        )
+        assert with_reference > 0.7 and abs(without) < 0.3
+        assert load_image(output.with_suffix(".png")).size[0] > 300
         for weights in (tmp_path / "cache").rglob("*.safetensors"):
             weights.write_bytes(b"damaged")
         again = invoke("demo", "-o", output, XDG_CACHE_HOME=str(tmp_path / "cache"))
@@ -329,6 +335,12 @@ class TestDemo:
         assert output.read_bytes() == b"mine"
         result = invoke("demo", "--family", "ltx2", "--overwrite", "-o", output, XDG_CACHE_HOME=cache)
         assert result.exit_code == 0, result.output
+
+    def test_a_picture_of_that_name_is_kept(self, tmp_path):
+        (tmp_path / "demo.png").write_bytes(b"mine")
+        result = invoke("demo", "-o", tmp_path / "demo.mp4", XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert_one_line_error(result, "demo.png", "--overwrite")
+        assert (tmp_path / "demo.png").read_bytes() == b"mine" and not (tmp_path / "demo.mp4").exists()
 
     def test_an_unknown_family_is_one_clear_sentence(self, tmp_path):
         result = invoke(

@@ -190,18 +190,25 @@ def _draw_similarity(axes, results: dict) -> None:
 
 
 def _draw_guidance(axes, results: dict) -> None:
-    rows = rows_of(results, MAIN, "guidance")
-    for metric, color in (("similarity", "#27425c"), ("words", "#b0572c")):
-        values = [rows[f"{scale:g}"][metric] for scale in GUIDANCE_SCALES]
-        axes.plot(GUIDANCE_SCALES, [mean(value) for value in values], color=color, label=metric)
-        axes.plot(GUIDANCE_SCALES, values, ".", color=color)
+    for part, style in ((MAIN, "-"), (SHORT, "--")):
+        rows = rows_of(results, part, "guidance")
+        for metric, color in (("similarity", "#27425c"), ("words", "#b0572c")):
+            values = [mean(rows[f"{scale:g}"][metric]) for scale in GUIDANCE_SCALES]
+            label = metric if part == MAIN else f"{metric}, {part}"
+            axes.plot(GUIDANCE_SCALES, values, linestyle=style, marker=".", color=color, label=label)
     axes.set_xlabel("scale of identity guidance")
     axes.set_ylim(0, 1.05)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_losses(axes, results: dict) -> None:
-    for part, style in zip(RECIPES, ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1)))):
+    # The curves with one of the masks are those with both or none.
+    for part, style in (
+        (MAIN, "-"),
+        ("no masks", "--"),
+        ("overlapping positions", "-."),
+        ("reference dropout 0.1", ":"),
+    ):
         seeds = [values["losses"] for values in results["parts"][part].values()]
         if seeds:
             stretch = results["steps"][part] / len(seeds[0])
@@ -210,7 +217,7 @@ def _draw_losses(axes, results: dict) -> None:
             axes.plot(steps, losses, linestyle=style, linewidth=1, label=part)
     axes.set_xlabel("training step")
     axes.set_ylabel("audio loss")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def ship_checkpoint(folder: Path, seeds: list[int]) -> None:
@@ -220,7 +227,10 @@ def ship_checkpoint(folder: Path, seeds: list[int]) -> None:
     with tempfile.TemporaryDirectory(prefix=".checkpoint.", dir=SHIPPED_CHECKPOINT.parent) as temporary:
         new = Path(temporary) / "new"
         base = part_folder(folder, seed, BASE) / BASE_NAME
-        LTX2VideoTransformer3DModel.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(new / BASE_NAME)
+        transformer = LTX2VideoTransformer3DModel.from_pretrained(base, dtype=torch.bfloat16)
+        # Or the file would name a folder of the machine that it was made on.
+        transformer.register_to_config(_name_or_path=None)
+        transformer.save_pretrained(new / BASE_NAME)
         source = part_folder(folder, seed, MAIN) / ADAPTER_NAME / LORA_WEIGHT_NAME_SAFE
         weights, metadata = read_safetensors(source)
         weights = {key: tensor.bfloat16() for key, tensor in weights.items()}
