@@ -5,6 +5,7 @@ torch and diffusers are imported inside the commands, so that help and mistakes 
 """
 
 import dataclasses
+import os
 import signal
 import sys
 import traceback
@@ -280,8 +281,8 @@ def demo(
     typer.echo("Now a small trained model, in a world where a voice is 16 numbers; half a minute.")
     with_reference, without = demonstrate(picture)
     typer.echo(
-        f"Similarity of generated voices to their references (1 is the same voice, 0 a stranger's): {with_reference:.2f}"
-        f" with the reference, {without:.2f} without."
+        "Similarity of generated voices to their references (1 is the same voice, 0 a stranger's): "
+        f"{with_reference:.2f} with the reference, {without:.2f} without."
     )
     typer.echo(b"A few of them are drawn in " + bytes(picture))
 
