@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from diffusers import LTX2ConditionPipeline, LTX2VideoTransformer3DModel
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from torch.utils.flop_counter import FlopCounterMode
 from train_step import SIZES, timed
 
@@ -70,10 +71,25 @@ def make_pipeline(size: str, device: str) -> LTX2IDLoRAPipeline:
     torch.set_default_dtype(dtype)
     with torch.device(device):
         components["transformer"] = LTX2VideoTransformer3DModel(**config | sizes).eval()
+        # Only diffusers' own pipeline needs them; ours gets a finished context.
+        components["connectors"] = LTX2TextConnectors(**connectors_config(components, SIZES[size])).eval()
     torch.set_default_dtype(torch.float32)
     pipe = LTX2IDLoRAPipeline(**components).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def connectors_config(components: dict, transformer: dict) -> dict:
+    """The tiny connectors' configuration, between the tiny text encoder and a transformer of these widths."""
+    config = {name: value for name, value in components["connectors"].config.items() if not name.startswith("_")}
+    return config | {
+        "video_connector_num_attention_heads": transformer["num_attention_heads"],
+        "video_connector_attention_head_dim": transformer["attention_head_dim"],
+        "video_hidden_dim": transformer["cross_attention_dim"],
+        "audio_connector_num_attention_heads": transformer["audio_num_attention_heads"],
+        "audio_connector_attention_head_dim": transformer["audio_attention_head_dim"],
+        "audio_hidden_dim": transformer["audio_cross_attention_dim"],
+    }
 
 
 def random_context(pipe: LTX2IDLoRAPipeline, size: str) -> TextContext:

@@ -278,7 +278,7 @@ def demo(
     with sharing_passes(False, models) as processes:
         generate_one(models, clip, processes)
     typer.echo(b"Play it with any player; its settings and hashes are in " + bytes(clip.record))
-    typer.echo("Now a small trained model, in a world where a voice is 16 numbers; half a minute.")
+    typer.echo("Now a small trained model, in a world where a voice is 16 numbers.")
     with_reference, without = demonstrate(picture)
     typer.echo(
         "Similarity of generated voices to their references (1 is the same voice, 0 a stranger's): "
