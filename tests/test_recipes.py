@@ -227,6 +227,8 @@ def test_one_turn_over_the_whole_clip_is_an_ordinary_reference(pipe, voice):
         ({"cfg_star": 3}, "`cfg_star` is 3"),
         ({"speakers": []}, "`speakers` is"),
         ({"speakers": [1]}, "`speakers` holds"),
+        ({"speakers": [SpeakerTurn("missing.wav", 0.0, 0.3)]}, "`speakers`.*missing.wav"),
+        ({"speakers": [SpeakerTurn(torch.zeros(1, 8000), 0.0, 0.3)]}, "`speakers` has a waveform without its rate"),
         ({"speakers": [SpeakerTurn("a.wav", 1.0, 0.5)]}, "`speakers` has a turn"),
         ({"speakers": [SpeakerTurn("a.wav", "1", 2.0), SpeakerTurn("a.wav", 0.5, 1.0)]}, "`start` is '1'"),
         ({"speakers": [SpeakerTurn("a.wav", 0.0, 1.0), []]}, "`speakers` is a list of 2 for 1 prompt"),

@@ -1,5 +1,6 @@
 """Two stages: one call, one transformer, adapters switched by weight; and the recorded second stage."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -288,3 +289,14 @@ def test_an_id_lora_that_loading_another_adapter_switched_off_is_an_error(adapte
 def test_without_an_upsampler_the_error_says_where_it_is():
     with pytest.raises(ValueError, match="`latent_upsampler` is missing"):
         LTX2IDLoRATwoStagePipeline(**tiny_components())(**SMALL)
+
+
+def test_calls_of_two_threads_on_one_transformer_take_turns(pipe, inputs):
+    arguments = {**inputs, **SMALL, "height": 128, "width": 128}
+    alone = [pipe(**arguments, generator=seeded(seed)) for seed in range(2)]
+    other = LTX2IDLoRATwoStagePipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(which, **arguments, generator=seeded(seed)) for seed, which in enumerate((pipe, other))]
+    for expected, call in zip(alone, calls):
+        assert torch.equal(call.result().frames, expected.frames)

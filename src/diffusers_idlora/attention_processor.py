@@ -19,6 +19,12 @@ _locks_guard = threading.Lock()
 CONTROLLED_ATTENTIONS = ("attn1", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
 
 
+def transformer_lock(transformer: LTX2VideoTransformer3DModel) -> threading.RLock:
+    """The lock to hold while the model is changed for a call: other threads wait, the same one may take it again."""
+    with _locks_guard:
+        return _locks.setdefault(transformer, threading.RLock())
+
+
 def is_first_generation(transformer: LTX2VideoTransformer3DModel) -> bool:
     """Whether this is an LTX-2 (19B) transformer rather than LTX-2.3 or later (method section 3)."""
     return not transformer.config.cross_attn_mod
@@ -200,8 +206,7 @@ class ReferenceAttention:
     _found: list[tuple[LTX2Attention, object]] = field(default_factory=list, init=False, repr=False)
 
     def __enter__(self) -> "ReferenceAttention":
-        with _locks_guard:
-            self._lock = _locks.setdefault(self.transformer, threading.RLock())
+        self._lock = transformer_lock(self.transformer)
         self._lock.acquire()
         try:
             for block in self.transformer.transformer_blocks:

@@ -13,8 +13,8 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from diffusers.guiders.guider_utils import logger as guider_logger
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import rescale_noise_cfg
 
+from .recipes import ONE_STAGE
 
-RECIPE_AUDIO_GUIDANCE_SCALE = 7.0
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -335,7 +335,7 @@ class GuidanceScales:
             value = getattr(self, item.name)
             if item.name != "cfg_star" and (value is not None or item.default is not None):
                 check_scale(item.name, value)
-        text_default = RECIPE_AUDIO_GUIDANCE_SCALE if self.guidance_scale > 1 else self.guidance_scale
+        text_default = ONE_STAGE["audio_guidance_scale"] if self.guidance_scale > 1 else self.guidance_scale
         for name, default in (
             ("audio_guidance_scale", text_default),
             ("audio_stg_scale", self.stg_scale),

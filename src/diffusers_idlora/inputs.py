@@ -153,9 +153,11 @@ def _read_turns(row: list[SpeakerTurn], voices: dict[Any, Clip]) -> list[tuple[C
                 " give turns that follow each other."
             )
         last_end, source = turn.end, turn.reference_audio
+        if isinstance(source, (torch.Tensor, np.ndarray)):
+            raise ValueError("`speakers` has a waveform without its rate; give a `(waveform, sampling_rate)` pair.")
         key = str(source) if isinstance(source, (str, os.PathLike)) else id(source)
         if key not in voices:
-            voices[key] = read_reference(source)
+            voices[key] = read_reference(source, name="speakers")
         turns.append((voices[key], turn.start, turn.end))
     return turns
 

@@ -28,6 +28,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from .attention_processor import transformer_lock
 from .continuation import EarlierClip
 from .denoising import TextContext
 from .guidance import check_scale
@@ -175,36 +176,38 @@ class LTX2IDLoRATwoStagePipeline(LTX2IDLoRAPipeline):
         """
         stage_1 = {"image": image, **stage_1}
         stage_2_sigmas = check_sigmas(stage_2_sigmas, name="stage_2_sigmas")
-        adapters = self.check_stages(height, width, distilled_adapter, distilled_scales, stage_1, output_type)
-        stage_1_scale, stage_2_scale = distilled_scales
-        try:
+        # Adapters are switched for the length of the call, so calls of other threads on this transformer wait.
+        with transformer_lock(self.transformer):
+            adapters = self.check_stages(height, width, distilled_adapter, distilled_scales, stage_1, output_type)
+            stage_1_scale, stage_2_scale = distilled_scales
             beside = {distilled_adapter: stage_1_scale} if distilled_adapter and stage_1_scale else {}
-            with self.adapters_weighted(dict.fromkeys(adapters) | beside):
-                latents, audio_latents = super().__call__(
-                    prompt,
-                    reference_audio=reference_audio,
-                    negative_prompt=negative_prompt,
-                    height=None if height is None else height // UPSAMPLING,
-                    width=None if width is None else width // UPSAMPLING,
-                    output_type="latent",
-                    return_dict=False,
-                    **stage_1,
-                )
-            text_context, _ = self._text_contexts
-            with self.adapters_weighted({distilled_adapter: stage_2_scale} if distilled_adapter else {}):
-                return super().__call__(
-                    text_context=text_context,
-                    latents=self.upsample(latents),
-                    audio_latents=audio_latents,
-                    freeze_audio=True,
-                    sigmas=stage_2_sigmas,
-                    output_type=output_type,
-                    return_dict=return_dict,
-                    **NO_GUIDANCE,
-                    **{name: stage_1[name] for name in SHARED_ARGUMENTS if name in stage_1},
-                )
-        finally:
-            self._text_contexts = None
+            try:
+                with self.adapters_weighted(dict.fromkeys(adapters) | beside):
+                    latents, audio_latents = super().__call__(
+                        prompt,
+                        reference_audio=reference_audio,
+                        negative_prompt=negative_prompt,
+                        height=None if height is None else height // UPSAMPLING,
+                        width=None if width is None else width // UPSAMPLING,
+                        output_type="latent",
+                        return_dict=False,
+                        **stage_1,
+                    )
+                text_context, _ = self._text_contexts
+                with self.adapters_weighted({distilled_adapter: stage_2_scale} if distilled_adapter else {}):
+                    return super().__call__(
+                        text_context=text_context,
+                        latents=self.upsample(latents),
+                        audio_latents=audio_latents,
+                        freeze_audio=True,
+                        sigmas=stage_2_sigmas,
+                        output_type=output_type,
+                        return_dict=return_dict,
+                        **NO_GUIDANCE,
+                        **{name: stage_1[name] for name in SHARED_ARGUMENTS if name in stage_1},
+                    )
+            finally:
+                self._text_contexts = None
 
     def check_stages(
         self,

@@ -34,19 +34,21 @@ ONE_STAGE: Mapping[str, Any] = MappingProxyType(
         "guidance_rescale": 0.0,
     }
 )
-TWO_STAGE: Mapping[str, Any] = ONE_STAGE | {
-    "distilled_scales": (0.0, 0.8),
-    "stage_2_sigmas": tuple(STAGE_2_DISTILLED_SIGMA_VALUES),
-}
+TWO_STAGE: Mapping[str, Any] = MappingProxyType(
+    ONE_STAGE | {"distilled_scales": (0.0, 0.8), "stage_2_sigmas": tuple(STAGE_2_DISTILLED_SIGMA_VALUES)}
+)
 # Of LTX-2.3. The "rescale" factors that other tools list for it only switch CFG-star on.
-HQ: Mapping[str, Any] = TWO_STAGE | {
-    "num_inference_steps": 15,
-    "sampler": "res_2s",
-    "sigma_shift_tokens": None,
-    "cfg_star": True,
-    "stg_scale": 0.0,
-    "distilled_scales": (0.25, 0.5),
-}
+HQ: Mapping[str, Any] = MappingProxyType(
+    TWO_STAGE
+    | {
+        "num_inference_steps": 15,
+        "sampler": "res_2s",
+        "sigma_shift_tokens": None,
+        "cfg_star": True,
+        "stg_scale": 0.0,
+        "distilled_scales": (0.25, 0.5),
+    }
+)
 # For a distilled checkpoint, or a base with the distilled LoRA among its active adapters.
 DISTILLED: Mapping[str, Any] = MappingProxyType(
     {
@@ -60,12 +62,7 @@ DISTILLED: Mapping[str, Any] = MappingProxyType(
 )
 
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "one-stage": ONE_STAGE,
-        "two-stage": MappingProxyType(dict(TWO_STAGE)),
-        "hq": MappingProxyType(dict(HQ)),
-        "distilled": DISTILLED,
-    }
+    {"one-stage": ONE_STAGE, "two-stage": TWO_STAGE, "hq": HQ, "distilled": DISTILLED}
 )
 # These need `LTX2IDLoRATwoStagePipeline` with its upsampler and the distilled LoRA. The others are of one stage; with
 # two, "distilled" needs `distilled_scales` besides, or the distilled LoRA would be off in stage 1.
