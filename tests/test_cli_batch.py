@@ -149,6 +149,8 @@ class TestPromptsFile:
         ("row", "words"),
         [
             ({"prompt": "a", "stepz": 3}, "unknown key `stepz`"),
+            ({"prompt": "a", "recipe": "hq"}, "`recipe` is for all rows; .* give `--recipe`"),
+            ({"prompt": "a", "distilled-lora": "x"}, "`distilled_lora` is for all rows; .* give `--distilled-lora`"),
             ({"prompt": "a", "steps": "3"}, "`steps` must be of type int, but it is '3'"),
             ({"prompt": "a", "identity_schedule": "fast"}, "`identity_schedule` must be one of constant"),
             ({"prompt": "a", "speech": "b"}, "`prompt` and `speech`"),
@@ -284,6 +286,19 @@ class TestSharedEncodings:
         assert list(generate_clips(pipe, models, rest, no_report)) == [(1, None), (2, None)]
         assert "transformer" not in parts_run
         assert hashes_of(clips) == single_runs
+
+    def test_the_last_clip_of_a_run_that_broke_off_is_finished_without_denoising_again_too(
+        self, pipe, models, settings, single_runs, parts_run, tmp_path
+    ):
+        clips = clips_in(tmp_path, settings[:2])
+        run = generate_clips(pipe, models, clips, no_report)
+        assert next(run) == (0, None)
+        run.close()
+        parts_run.clear()
+        assert list(generate_clips(pipe, models, {1: clips[1]}, no_report)) == [(1, None)]
+        assert "transformer" not in parts_run
+        assert hashes_of(clips) == single_runs[:2]
+        assert leftovers(tmp_path) == ["0.json", "0.mp4", "1.json", "1.mp4"]
 
     def test_what_other_settings_or_nobody_denoised_is_denoised_again(
         self, pipe, models, settings, single_runs, parts_run, tmp_path

@@ -97,6 +97,7 @@ def test_a_chain_of_two_stages_keeps_its_size(inputs, lines_file, tmp_path):
         ("a", ("--from", "x.json"), ["`LINES`", "`--from`"]),
         ("a", ("--image", "missing.png"), ["line 1:", "`image`", "missing.png"]),
         ("a", ("--output", "LINES.mp4"), ["`output`", "input"]),
+        ("a\nb", ("--num-frames", "1"), ["`num_frames` is 1", "at least 9"]),
     ],
 )
 def test_each_mistake_is_one_clear_sentence(text, options, words, inputs, tmp_path):

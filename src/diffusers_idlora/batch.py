@@ -233,7 +233,7 @@ def generate_clips(
     """
     Makes clips: a single one at once, several step by step together. Then all of them are encoded, denoised and
     decoded before the next step begins, so that each model is moved once; what is denoised is kept in files beside the
-    outputs, with which the next run goes on if this one breaks off.
+    outputs, with which the next run goes on if this one breaks off, be it with a single clip.
 
     Args:
         pipe (`BatchSteps`): As `load_models` returns it.
@@ -245,7 +245,8 @@ def generate_clips(
         An iterator over the clips that are done or have failed, the latter with their error.
     """
     processes = pipe.processes
-    if len(clips) == 1 and models.offload != "model" and not processes.shares_passes:
+    is_at_once = len(clips) == 1 and models.offload != "model" and not processes.shares_passes
+    if is_at_once and not any(_latents_file(clip).exists() for clip in clips.values()):
         for index, clip in clips.items():
             yield index, _error_of(lambda report, clip=clip: generate_clip(pipe, models, clip, report), stages)
         return
@@ -260,6 +261,11 @@ def generate_clips(
                     together.open.remove(index)
                 if error is not None or step is steps[-1]:
                     yield index, error
+
+
+def _latents_file(clip: Clip) -> Path:
+    """Where a clip is kept between denoising and decoding."""
+    return clip.output.with_name(f".{clip.output.stem}.latents.safetensors")
 
 
 def _error_of(
@@ -286,8 +292,7 @@ class _ClipsTogether:
 
     def latents_file(self, index: int) -> Path:
         """Where a clip is kept between denoising and decoding."""
-        output = self.clips[index].output
-        return output.with_name(f".{output.stem}.latents.safetensors")
+        return _latents_file(self.clips[index])
 
     def begin(self, index: int, report: Report) -> None:
         """Settles seed and record, which are those of an earlier run where that has denoised this very clip."""

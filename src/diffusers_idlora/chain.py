@@ -22,6 +22,10 @@ from .settings import ClipSettings, ModelSettings, in_the_users_words
 from .values import first_line
 
 
+# Two latent frames of an LTX-2 video, the least that is context for a clip that goes on.
+SHORTEST_CONTINUED = 9
+
+
 @dataclass(frozen=True)
 class Chain(Clip):
     """
@@ -43,6 +47,12 @@ class Chain(Clip):
         for name in ("prompt", "speech"):
             if getattr(self.settings, name) is not None:
                 raise ValueError(f"`{name}` is given, but what is said stands in the lines; leave it out.")
+        frames = self.settings.num_frames
+        if len(self.lines) > 1 and frames is not None and frames < SHORTEST_CONTINUED:
+            raise ValueError(
+                f"`num_frames` is {frames}, too short a clip for the next line's to go on from; give at least "
+                f"{SHORTEST_CONTINUED}."
+            )
         for index, settings in enumerate(settings_of_lines(self.settings, self.lines)):
             if index:
                 # The voices are those of the first line, which have been looked at.

@@ -72,7 +72,7 @@ class OneLineErrors(TyperGroup):
             fail(in_one_sentence(error))
             code = 1
         if code == 130:
-            fail("interrupted; nothing half-made was left behind.")
+            fail("interrupted; no half-made result was left behind.")
         sys.exit(code or 0)
 
 

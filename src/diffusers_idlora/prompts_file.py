@@ -10,13 +10,15 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from .generation import Clip
-from .settings import ClipSettings, with_absolute_paths
+from .settings import ClipSettings, ModelSettings, with_absolute_paths
 from .values import checked_value, checked_values, first_line, shortened
 
 
 # Keys of the prompt lists that ID-LoRA's evaluation sets use, and what they are called here.
 ROW_ALIASES = {"reference_path": "reference_audio", "first_frame_path": "image", "output_name": "output"}
 ROW_ALIASES |= {"speakers": "speaker"}
+# What belongs to the run, which loads one set of models.
+MODEL_KEYS = {item.name for item in dataclasses.fields(ModelSettings)}
 
 
 def read_prompts_file(path: Path) -> list[Any]:
@@ -73,6 +75,10 @@ def clip_of_row(row: Any, index: int, settings: ClipSettings, source: Path, fold
         name = ROW_ALIASES.get(name, name)
         if name in given:
             raise ValueError(f"`{name}` is given twice, once as `{key}`; give it once.")
+        if name in MODEL_KEYS:
+            raise ValueError(
+                f"`{name}` is for all rows; leave it out of the row and give `--{name.replace('_', '-')}`."
+            )
         given[name] = option_text(name, value)
     output = path_inside(folder, checked_value("output", given.pop("output", f"{index:04d}.mp4"), str))
     seed = {} if settings.seed is None else {"seed": settings.seed + index}

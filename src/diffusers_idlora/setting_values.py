@@ -104,13 +104,15 @@ def guidance_window(name: str, text: str) -> Any:
 
     try:
         span, *options = text.split(",")
-        start, stop = map(float, span.split(":"))
-        skip, every = [], 1
-        for key, value in (option.strip().split("=") for option in options):
+        (start, stop), skip, every = _span(span), [], 1
+        for option in options:
+            key, _, value = option.strip().partition("=")
             if key == "skip":
-                skip.append(tuple(map(float, value.split(":"))))
-            elif key == "every":
+                skip.append(_span(value))
+            elif key == "every" and value.isdecimal():
                 every = int(value)
+            elif key == "every":
+                raise ValueError(f"every is {value!r}, no whole number")
             else:
                 raise ValueError(f"{key} is neither skip nor every")
         return GuidanceWindow(start, stop, tuple(skip), every)
@@ -121,3 +123,11 @@ def guidance_window(name: str, text: str) -> Any:
             f"`{name}` is {shortened(text)} ({reason}); give START:STOP from 0 to 1, then if need be ,skip=START:STOP "
             "and ,every=N."
         ) from error
+
+
+def _span(text: str) -> tuple[float, float]:
+    try:
+        start, stop = map(float, text.split(":"))
+    except ValueError:
+        raise ValueError(f"{text!r} is not two numbers with a colon between them") from None
+    return start, stop
