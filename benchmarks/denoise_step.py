@@ -39,7 +39,6 @@ VOICE_SECONDS = {"small": 2.0, "ltx-2.3": 5.0}
 TEXT_TOKENS = {"small": 64, "ltx-2.3": 1024}
 NO_IDENTITY = {"identity_guidance_scale": 0.0}
 IDENTITY_ALONE = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0}
-# What is compared with what: the passes of a step are the same but for the last two of each list.
 MODES = {
     "sequential": {},
     "packed": {"guidance_batching": "packed"},

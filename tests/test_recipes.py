@@ -187,7 +187,8 @@ def test_shared_identity_guidance_without_a_reference_is_plain_generation(family
     assert torch.equal(exact, shared)
 
 
-def test_automatic_batching_gives_the_same_result(pipe, voice):
+def test_automatic_batching_packs_small_rows_and_gives_the_same_result(pipe, voice):
+    assert len(sigmas_and_passes(pipe, **SMALL, reference_audio=voice, guidance_batching="auto")) == 2
     plain, automatic = (
         pipe(**SMALL, reference_audio=voice, guidance_batching=mode, generator=seeded())
         for mode in ("sequential", "auto")
