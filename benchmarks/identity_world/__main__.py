@@ -3,7 +3,7 @@ Trains and measures in the identity world, and writes what was found to `docs/me
 
     python -m benchmarks.identity_world [--seeds 0 1 2] [--workers 2] [--quick] [--no-report]
 
-About 25 minutes on two idle CPU cores. What is finished is kept in `outputs/identity_world`, and a run that broke off
+It took 46 core-minutes on a CPU. What is finished is kept in `outputs/identity_world`, and a run that broke off
 goes on from there. `--quick` trains next to nothing, to see that everything runs, and reports nothing.
 """
 
